@@ -1,0 +1,124 @@
+package frame
+
+import (
+	"encoding/binary"
+	"math/bits"
+)
+
+// Sum adds b to a ones'-complement sum that Fold ends (RFC 1071). b's first
+// byte is at an even offset of the summed data.
+func Sum(b []byte, sum uint64) uint64 {
+	var carry uint64
+	for len(b) >= 32 {
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b), carry)
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b[8:]), carry)
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b[16:]), carry)
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b[24:]), carry)
+		b = b[32:]
+	}
+	for len(b) >= 8 {
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(b), carry)
+		b = b[8:]
+	}
+	if len(b) > 0 {
+		var last [8]byte
+		copy(last[:], b)
+		sum, carry = bits.Add64(sum, binary.BigEndian.Uint64(last[:]), carry)
+	}
+	sum, carry = bits.Add64(sum, 0, carry)
+	return sum + carry
+}
+
+// Fold ends a sum: it returns the 16-bit ones'-complement sum, not inverted.
+func Fold(sum uint64) uint16 {
+	sum = sum>>32 + sum&0xffffffff
+	sum = sum>>32 + sum&0xffffffff
+	sum = sum>>16 + sum&0xffff
+	sum = sum>>16 + sum&0xffff
+	return uint16(sum>>16 + sum&0xffff)
+}
+
+// Update returns the checksum field c after a 16-bit word of the summed data
+// changed from old to new (RFC 1624, equation 3).
+func Update(c, old, new uint16) uint16 {
+	return ^Fold(uint64(^c) + uint64(^old) + uint64(new))
+}
+
+// Update32 is Update for a 32-bit word at an even offset.
+func Update32(c uint16, old, new uint32) uint16 {
+	return ^Fold(uint64(^c) + uint64(^old>>16) + uint64(^old&0xffff) + uint64(new>>16) + uint64(new&0xffff))
+}
+
+// UpdatePartial32 is Update32 for the field of a NeedsCsum frame, which holds
+// the pseudo-header's sum without inversion. Only addresses and length are in
+// that sum, so ports change nothing there.
+func UpdatePartial32(c uint16, old, new uint32) uint16 {
+	return ^Update32(^c, old, new)
+}
+
+// SumFrom returns the sum over the frame from offset start to end, Head and
+// Tail. start must lie in Head.
+func (f *Frame) SumFrom(start, end int, sum uint64) uint64 {
+	n := min(int(f.HeadLen), end)
+	if start < n {
+		sum = Sum(f.Head[start:n], sum)
+	}
+	odd := (n-start)&1 == 1
+	left := end - n
+	for _, t := range f.Tail {
+		if left <= 0 {
+			break
+		}
+		if len(t) > left {
+			t = t[:left]
+		}
+		left -= len(t)
+		if odd {
+			// The piece starts at an odd offset: its sum counts byte-swapped.
+			sum += uint64(bits.ReverseBytes16(Fold(Sum(t, 0))))
+		} else {
+			sum = Sum(t, uint64(Fold(sum)))
+		}
+		odd = odd != (len(t)&1 == 1)
+	}
+	return sum
+}
+
+// CheckOffload says whether the frame's offload agrees with its length: the
+// checksum field lies in Head, the GSO type is one that is carried and its
+// segments are of a sane size (H070 to H072). Only frames that pass may go on.
+func (f *Frame) CheckOffload() bool {
+	if f.Flags&NeedsCsum != 0 {
+		start, field := int(f.CsumStart), int(f.CsumStart)+int(f.CsumOffset)
+		if start < EthernetLen || field+2 > int(f.HeadLen) || start >= int(f.Len) {
+			return false
+		}
+	}
+	switch f.GSOType() {
+	case GSONone:
+		f.GSO, f.GSOSize = GSONone, 0
+		return true
+	case GSOTCPv4, GSOTCPv6, GSOUDPL4:
+		// Linux refuses less than 48 (SOL_TCP) itself; a frame of 64 KiB in
+		// tiny segments would be an amplifier.
+		return f.Flags&NeedsCsum != 0 && f.GSOSize >= minGSOSize
+	}
+	return false
+}
+
+// minGSOSize is the smallest segment that a GSO frame may ask for: a TCP MSS
+// of 88 (RFC 791's 68 octet minimum leaves less, no real stack uses it).
+const minGSOSize = 48
+
+// CompleteChecksum does what NeedsCsum left undone. The frame must have passed
+// CheckOffload and must not be a GSO frame.
+func (f *Frame) CompleteChecksum() {
+	start := int(f.CsumStart)
+	sum := ^Fold(f.SumFrom(start, int(f.Len), 0))
+	if sum == 0 && f.CsumOffset == 6 {
+		sum = 0xffff // 0 means "no checksum" in UDP (RFC 768)
+	}
+	binary.BigEndian.PutUint16(f.Head[start+int(f.CsumOffset):], sum)
+	f.Flags &^= NeedsCsum
+	f.CsumStart, f.CsumOffset = 0, 0
+}

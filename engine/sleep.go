@@ -1,0 +1,104 @@
+package engine
+
+import (
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSpin is how long a worker looks for more before it sleeps. A wake-up
+// between processes takes 17 to 44 us, so a longer spin cannot gain more than
+// it spends.
+const maxSpin = 50 * time.Microsecond
+
+// sleeper decides when a worker that found nothing goes to sleep.
+//
+// Spinning pays when the next frame comes before a wake-up would have been
+// through, and costs a whole processor when it does not. So a worker spins
+// only while its last sleeps were short, and not at all where somebody else
+// wanted the processor meanwhile.
+type sleeper struct {
+	mode   PollMode
+	limit  int64 // ns to spin at most; 0 where spinning would be paid for
+	since  int64 // when the worker last had work, ns
+	budget int64 // ns to spin this time
+
+	sleeps  int
+	nivcsw  int64 // involuntary context switches at the last look
+	offTill int64 // no spinning before this time
+}
+
+// worked notes that a turn found frames.
+func (s *sleeper) worked(now int64) { s.since = now }
+
+// spinning reports whether to look again before sleeping.
+func (s *sleeper) spinning(now int64) bool {
+	switch s.mode {
+	case PollAlways:
+		return true
+	case PollNever:
+		return false
+	}
+	return now-s.since < s.budget
+}
+
+// slept notes the end of a sleep and sets the budget for the next one.
+func (s *sleeper) slept(from, to int64) {
+	s.since = to
+	switch d := to - from; {
+	case to < s.offTill:
+		s.budget = 0
+	case d < 2*int64(maxSpin):
+		s.budget = s.limit
+	default:
+		s.budget = 0
+	}
+	if s.sleeps++; s.sleeps&63 == 0 && s.limit > 0 {
+		s.lookAround(to)
+	}
+}
+
+// lookAround stops spinning for a while if the kernel had to take the
+// processor away from this thread: others have work for it.
+func (s *sleeper) lookAround(now int64) {
+	var ru unix.Rusage
+	if unix.Getrusage(unix.RUSAGE_THREAD, &ru) != nil {
+		return
+	}
+	if s.nivcsw != 0 && ru.Nivcsw-s.nivcsw > 8 {
+		s.offTill = now + int64(100*time.Millisecond)
+	}
+	s.nivcsw = ru.Nivcsw
+}
+
+// spinLimit is how long workers of this configuration may spin: not at all
+// where a quota or a neighbour on the same processor pays for it.
+func spinLimit(c Config) time.Duration {
+	var set unix.CPUSet
+	if unix.SchedGetaffinity(0, &set) == nil && set.Count() <= c.Workers {
+		return 0
+	}
+	if quota := cpuQuota(); quota > 0 && quota <= float64(c.Workers) {
+		return 0
+	}
+	return maxSpin
+}
+
+// cpuQuota is the number of processors that the cgroup allows, 0 if it sets
+// no limit.
+func cpuQuota() float64 {
+	b, err := os.ReadFile("/sys/fs/cgroup/cpu.max")
+	if err != nil {
+		return 0
+	}
+	quota, period, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
+	q, err1 := strconv.ParseFloat(quota, 64)
+	p, err2 := strconv.ParseFloat(period, 64)
+	if err1 != nil || err2 != nil || p <= 0 {
+		return 0 // "max" means no limit
+	}
+	return q / p
+}
