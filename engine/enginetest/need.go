@@ -1,0 +1,163 @@
+package enginetest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// needs maps the name of a need to the test whether the machine has it.
+var needs = map[string]func() error{
+	"root":    needRoot,
+	"netns":   sync.OnceValue(needNetNS),
+	"tun":     needTun,
+	"kernel":  needKernel,
+	"ipxe":    needIPXE,
+	"qemu":    needProgram("qemu-system-x86_64"),
+	"testpmd": needProgram("dpdk-testpmd"),
+	"nft":     needProgram("nft"),
+}
+
+// programs are needs that are just a program of that name.
+var programs = []string{
+	"dhclient", "curl", "iperf3", "ping", "dig", "tcpdump", "ethtool", "passt", "socat", "nc", "ip",
+}
+
+func init() {
+	for _, p := range programs {
+		needs[p] = needProgram(p)
+	}
+}
+
+// Need skips the test, with the reason, if the machine lacks one of the named
+// things. It fails the test instead where the environment's TEST_REQUIRE, a
+// list with commas or "all", names the thing.
+func Need(t TB, names ...string) {
+	t.Helper()
+	for _, n := range names {
+		err := Have(n)
+		switch {
+		case err == nil:
+		case errors.Is(err, errUnknownNeed) || required(os.Getenv("TEST_REQUIRE"), n):
+			t.Fatalf("test needs %s: %v", n, err)
+		default:
+			t.Skipf("test needs %s: %v", n, err)
+		}
+	}
+}
+
+var errUnknownNeed = errors.New("no such need")
+
+// Have returns nil if the machine has the named thing, or the reason why not.
+func Have(name string) error {
+	f := needs[name]
+	if f == nil {
+		return errUnknownNeed
+	}
+	return f()
+}
+
+// required says whether list, the value of TEST_REQUIRE, names the need.
+func required(list, name string) bool {
+	for n := range strings.SplitSeq(list, ",") {
+		if n = strings.TrimSpace(n); n == name || n == "all" {
+			return true
+		}
+	}
+	return false
+}
+
+func needRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("not root")
+	}
+	return nil
+}
+
+func needNetNS() error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread dies with its namespace
+		done <- unix.Unshare(unix.CLONE_NEWNET)
+	}()
+	if err := <-done; err != nil {
+		return fmt.Errorf("cannot make a network namespace: %w", err)
+	}
+	return nil
+}
+
+func needTun() error {
+	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func needKernel() error {
+	_, _, err := GuestKernel()
+	return err
+}
+
+// GuestKernel returns the path of a kernel that can boot as a guest and the
+// directory of its modules.
+func GuestKernel() (image, modules string, err error) {
+	images, _ := filepath.Glob("/boot/vmlinuz-*")
+	for _, image := range images {
+		modules := "/lib/modules/" + strings.TrimPrefix(filepath.Base(image), "vmlinuz-")
+		f, err := os.Open(image)
+		if err != nil {
+			continue
+		}
+		f.Close()
+		if _, err := os.Stat(modules + "/kernel"); err == nil {
+			return image, modules, nil
+		}
+	}
+	return "", "", errors.New("no readable /boot/vmlinuz-* with its /lib/modules")
+}
+
+func needIPXE() error {
+	_, err := IPXERom()
+	return err
+}
+
+// IPXERom returns the path of an iPXE option ROM for virtio-net.
+func IPXERom() (string, error) {
+	for _, p := range []string{
+		"/usr/share/qemu/pxe-virtio.rom", "/usr/lib/ipxe/qemu/pxe-virtio.rom",
+		"/usr/share/qemu/efi-virtio.rom", "/usr/lib/ipxe/qemu/efi-virtio.rom",
+	} {
+		if _, err := os.Stat(p); err == nil {
+			return p, nil
+		}
+	}
+	return "", errors.New("no iPXE ROM (package ipxe-qemu)")
+}
+
+func needProgram(name string) func() error {
+	return func() error {
+		_, err := Program(name)
+		return err
+	}
+}
+
+// Program finds an executable in PATH or in the sbin directories.
+func Program(name string) (string, error) {
+	if p, err := exec.LookPath(name); err == nil {
+		return p, nil
+	}
+	for _, dir := range []string{"/usr/local/sbin", "/usr/sbin", "/sbin"} {
+		if p, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no program %s", name)
+}
