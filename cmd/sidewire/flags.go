@@ -1,0 +1,181 @@
+package main
+
+import (
+	"flag"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"sidewire/engine"
+)
+
+// list is a flag that may be given several times.
+type list []string
+
+func (l *list) String() string { return strings.Join(*l, ",") }
+
+func (l *list) Set(s string) error {
+	*l = append(*l, s)
+	return nil
+}
+
+// options are the flags that run and qemu-args share.
+type options struct {
+	files      list // -f FILE[@NETNS]
+	nads       list
+	netns      string
+	socketDir  string
+	control    string
+	path       string
+	mode       string
+	cpus       string
+	poll       string
+	uplinks    list // NETWORK=LINK
+	resolvConf string
+	packed     bool
+	guestTSO   bool
+	compat     bool
+	verbose    bool
+	qemu       string
+	kvm        bool
+}
+
+// newFlags makes a flag set that reports errors through its Parse.
+func newFlags(name string, errw io.Writer) *flag.FlagSet {
+	fs := flag.NewFlagSet("sidewire "+name, flag.ContinueOnError)
+	fs.SetOutput(errw)
+	return fs
+}
+
+// parse parses args, which must all be flags.
+func parse(fs *flag.FlagSet, args []string) error {
+	if err := fs.Parse(args); err != nil {
+		if err == flag.ErrHelp {
+			return err
+		}
+		return inputError{silent{}} // the flag package has said it already
+	}
+	if fs.NArg() > 0 {
+		return badInput("unexpected argument %q: files are given with -f", fs.Arg(0))
+	}
+	return nil
+}
+
+// silent is an error that has been printed already.
+type silent struct{}
+
+func (silent) Error() string { return "" }
+
+func (o *options) register(fs *flag.FlagSet) {
+	dir := runtimeDir()
+	fs.Var(&o.files, "f", "`FILE[@NETNS]` with a VMI or VM (YAML or JSON); may be repeated")
+	fs.Var(&o.nads, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
+	fs.StringVar(&o.netns, "netns", "", "network namespace `PATH` of the pod (default: the own one)")
+	fs.StringVar(&o.socketDir, "socket-dir", dir, "`DIR` for the vhost-user sockets, DIR/VMI/INTERFACE.sock")
+	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
+	fs.StringVar(&o.path, "path", "auto", "way out of masquerade: `auto`, packet or socket")
+	fs.StringVar(&o.mode, "mode", "server", "vhost-user `MODE`: server (QEMU dials) or client (QEMU listens)")
+	fs.StringVar(&o.cpus, "cpus", "", "`LIST` of processors for the workers, one worker each, such as 2,4-6")
+	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
+	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network (the pod network's is eth0)")
+	fs.StringVar(&o.resolvConf, "resolv-conf", "", "`FILE` with the pod's resolvers (default: the namespace's own, else /etc/resolv.conf)")
+	fs.BoolVar(&o.packed, "packed", false, "offer packed virtqueues (not built yet)")
+	fs.BoolVar(&o.guestTSO, "guest-tso", true, "let guests receive TCP super-frames; off for guests that attach XDP")
+	fs.BoolVar(&o.compat, "dhcp-kubevirt-compat", false, "answer DHCP as KubeVirt's server does, faults included")
+	fs.BoolVar(&o.verbose, "v", false, "log what is of interest to developers")
+}
+
+// check says what is wrong with the flags' values.
+func (o *options) check() error {
+	switch {
+	case len(o.files) == 0:
+		return badInput("no VMI given: name its file with -f")
+	case o.path != "auto" && o.path != "packet" && o.path != "socket":
+		return badInput("--path %s: want auto, packet or socket", o.path)
+	case o.mode != "server" && o.mode != "client":
+		return badInput("--mode %s: want server or client", o.mode)
+	case o.packed:
+		return badInput("--packed: packed virtqueues are not supported yet; leave the flag away")
+	}
+	if _, err := o.pollMode(); err != nil {
+		return err
+	}
+	if _, err := parseCPUs(o.cpus); err != nil {
+		return err
+	}
+	for _, u := range o.uplinks {
+		if n, l, ok := strings.Cut(u, "="); !ok || n == "" || l == "" {
+			return badInput("--uplink %s: want NETWORK=LINK, such as default=eth0", u)
+		}
+	}
+	return nil
+}
+
+func (o *options) pollMode() (engine.PollMode, error) {
+	switch o.poll {
+	case "adaptive":
+		return engine.PollAdaptive, nil
+	case "always":
+		return engine.PollAlways, nil
+	case "never":
+		return engine.PollNever, nil
+	}
+	return 0, badInput("--poll %s: want adaptive, always or never", o.poll)
+}
+
+// controlPath is where the control socket is.
+func (o *options) controlPath() string {
+	if o.control != "" {
+		return o.control
+	}
+	return filepath.Join(o.socketDir, "control.sock")
+}
+
+// socketPath is where an interface's vhost-user socket is.
+func (o *options) socketPath(vmi, iface string) string {
+	return filepath.Join(o.socketDir, vmi, iface+".sock")
+}
+
+// uplinkOf is the link of a network; the pod network's is eth0 unless a flag
+// says otherwise.
+func (o *options) uplinkOf(network string) string {
+	for _, u := range o.uplinks {
+		if n, l, _ := strings.Cut(u, "="); n == network {
+			return l
+		}
+	}
+	return "eth0"
+}
+
+// runtimeDir is where sockets live by default.
+func runtimeDir() string {
+	if d := os.Getenv("XDG_RUNTIME_DIR"); d != "" {
+		return filepath.Join(d, "sidewire")
+	}
+	return "/run/sidewire"
+}
+
+// parseCPUs reads a list such as 0,2-4; empty is nil.
+func parseCPUs(s string) ([]int, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var out []int
+	for _, part := range strings.Split(s, ",") {
+		lo, hi, isRange := strings.Cut(part, "-")
+		a, err := strconv.Atoi(lo)
+		b := a
+		if err == nil && isRange {
+			b, err = strconv.Atoi(hi)
+		}
+		if err != nil || a < 0 || b < a || b > 1023 {
+			return nil, badInput("--cpus %s: %q is no processor or range; want a list such as 0,2-4", s, part)
+		}
+		for c := a; c <= b; c++ {
+			out = append(out, c)
+		}
+	}
+	return out, nil
+}
