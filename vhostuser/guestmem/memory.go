@@ -167,21 +167,40 @@ func (m *Memory) Slice(gpa, n uint64) ([]byte, bool) {
 func (m *Memory) Append(dst [][]byte, gpa, n uint64) ([][]byte, bool) {
 	out := dst
 	for n > 0 {
-		r := m.Region(gpa)
-		if r == nil {
-			return dst, false
-		}
-		part := min(n, r.spec.GPA+r.spec.Size-gpa)
-		b, ok := r.Slice(gpa, part)
-		if !ok {
+		b := m.Prefix(gpa, n)
+		if b == nil {
 			return dst, false
 		}
 		out = append(out, b)
-		// A region never ends past 2^64-1, so a gpa that wraps to 0 cannot
-		// follow one.
-		gpa, n = gpa+part, n-part
+		gpa, n = gpa+uint64(len(b)), n-uint64(len(b))
 	}
 	return out, true
+}
+
+// Prefix returns as much of the n bytes at gpa as one region holds, or nil if
+// that is nothing. A range that wraps around the address space ends in nil,
+// since no region reaches its end.
+func (m *Memory) Prefix(gpa, n uint64) []byte {
+	r := m.Region(gpa)
+	if r == nil {
+		return nil
+	}
+	b, _ := r.Slice(gpa, min(n, r.spec.GPA+r.spec.Size-gpa))
+	return b
+}
+
+// Read copies len(dst) bytes of guest memory at gpa, across regions if need
+// be, and reports whether all of them are mapped.
+func (m *Memory) Read(dst []byte, gpa uint64) bool {
+	for len(dst) > 0 {
+		b := m.Prefix(gpa, uint64(len(dst)))
+		if b == nil {
+			return false
+		}
+		n := copy(dst, b)
+		dst, gpa = dst[n:], gpa+uint64(n)
+	}
+	return true
 }
 
 // UserToGuest translates a range in the frontend's address space, which is
