@@ -60,8 +60,8 @@ func TestBuildersAgainstGopacket(t *testing.T) {
 	for name, b := range map[string][]byte{
 		"tcp4": TCPFrame(eth, ip4, TCP{Src: 1000, Dst: 80, Seq: 5, Ack: 6, Flags: ACK | PSH}, Payload(301, 3)),
 		"tcp6": TCPFrame(eth, ip6, TCP{Src: 1000, Dst: 80, Flags: SYN, Options: []byte{2, 4, 5, 0xb4}}, Payload(7, 3)),
-		"udp4": UDPFrame(eth, ip4, UDP{Src: 68, Dst: 40000}, Payload(33, 1)),
-		"udp6": UDPFrame(eth, ip6, UDP{Src: 68, Dst: 40000}, Payload(32, 1)),
+		"udp4": UDPFrame(eth, ip4, UDP{Src: 4000, Dst: 40000}, Payload(33, 1)),
+		"udp6": UDPFrame(eth, ip6, UDP{Src: 4000, Dst: 40000}, Payload(32, 1)),
 		"vlan": UDPFrame(vlan, ip4, UDP{Src: 1, Dst: 40000}, Payload(40, 1)),
 		"icmp": ICMPFrame(eth, ip4, Echo(1, 2), Payload(41, 1)),
 		"arp":  ARPFrame(eth, ARPRequest, eth.Src, ip4.Src, frame.MAC{}, ip4.Dst),
