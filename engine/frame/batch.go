@@ -102,6 +102,10 @@ func (b *Batch) Alloc(n int) []byte {
 // SetReply makes f the frame whose bytes are b, a slice that Alloc lent or
 // that is otherwise kept until the batch is reset.
 func (b *Batch) SetReply(f *Frame, bytes []byte) bool {
+	if len(bytes) <= HeadSize {
+		f.SetBytes(bytes, nil, nil)
+		return true
+	}
 	segs := b.Segs(1)
 	if segs == nil {
 		f.Drop(BatchFull)

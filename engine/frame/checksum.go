@@ -73,42 +73,76 @@ func (f *Frame) SumFrom(start, end int, sum uint64) uint64 {
 			t = t[:left]
 		}
 		left -= len(t)
-		if odd {
-			// The piece starts at an odd offset: its sum counts byte-swapped.
-			sum += uint64(bits.ReverseBytes16(Fold(Sum(t, 0))))
-		} else {
-			sum = Sum(t, uint64(Fold(sum)))
-		}
+		sum = sumPiece(t, sum, odd)
 		odd = odd != (len(t)&1 == 1)
 	}
 	return sum
 }
 
-// CheckOffload says whether the frame's offload agrees with its length: the
-// checksum field lies in Head, the GSO type is one that is carried and its
-// segments are of a sane size (H070 to H072). Only frames that pass may go on.
+// CheckOffload says whether the frame's offload agrees with the frame (H070 to
+// H073), and makes it exact: HdrLen is computed, fields without meaning are 0.
+// The checksum field must lie in Head, behind the network header where that is
+// known; a GSO frame must have the headers that its type names. Only frames
+// that pass may go on.
 func (f *Frame) CheckOffload() bool {
-	if f.Flags&NeedsCsum != 0 {
+	f.HdrLen = 0
+	if f.Flags&NeedsCsum == 0 {
+		f.CsumStart, f.CsumOffset = 0, 0
+	} else {
 		start, field := int(f.CsumStart), int(f.CsumStart)+int(f.CsumOffset)
 		if start < EthernetLen || field+2 > int(f.HeadLen) || start >= int(f.Len) {
 			return false
 		}
+		switch f.EtherType() {
+		case TypeIPv4:
+			if start < EthernetLen+int(f.Head[EthernetLen]&15)*4 {
+				return false
+			}
+		case TypeIPv6:
+			if start < EthernetLen+ip6HdrLen {
+				return false
+			}
+		}
 	}
-	switch f.GSOType() {
-	case GSONone:
-		f.GSO, f.GSOSize = GSONone, 0
+	if f.GSO == GSONone {
+		f.GSOSize = 0
 		return true
-	case GSOTCPv4, GSOTCPv6, GSOUDPL4:
-		// Linux refuses less than 48 (SOL_TCP) itself; a frame of 64 KiB in
-		// tiny segments would be an amplifier.
-		return f.Flags&NeedsCsum != 0 && f.GSOSize >= minGSOSize
 	}
-	return false
+	return f.Flags&NeedsCsum != 0 && f.checkGSO()
 }
 
-// minGSOSize is the smallest segment that a GSO frame may ask for: a TCP MSS
-// of 88 (RFC 791's 68 octet minimum leaves less, no real stack uses it).
-const minGSOSize = 48
+// checkGSO is CheckOffload for a GSO frame. It asks for what Linux asks for
+// (virtio_net_hdr_to_skb), so that a frame that passes can be handed to a host
+// or a guest whole.
+func (f *Frame) checkGSO() bool {
+	l, ok := f.gsoHeaders()
+	if !ok || f.CsumStart != uint16(l.l4) || !saneGSOSize(f.GSOType(), int(f.GSOSize), int(f.Len)-int(l.hdr)) {
+		return false
+	}
+	f.HdrLen = uint16(l.hdr)
+	if l.proto == ProtoUDP {
+		return f.CsumOffset == udpSum
+	}
+	return f.CsumOffset == tcpSum
+}
+
+const (
+	// minGSOSize is the smallest TCP segment that a GSO frame may ask for.
+	// Linux never sends with a smaller MSS (tcp_min_snd_mss); 64 KiB in
+	// segments of a byte would be an amplifier.
+	minGSOSize = 48
+	// maxUDPSegments is what Linux allows (UDP_MAX_SEGMENTS, 64 before 6.9).
+	// Datagrams may be as small as they like.
+	maxUDPSegments = 128
+)
+
+// saneGSOSize bounds the number of segments of a GSO frame (H072).
+func saneGSOSize(typ uint8, size, payload int) bool {
+	if typ == GSOUDPL4 {
+		return size > 0 && payload <= size*maxUDPSegments
+	}
+	return size >= minGSOSize
+}
 
 // CompleteChecksum does what NeedsCsum left undone. The frame must have passed
 // CheckOffload and must not be a GSO frame.

@@ -38,7 +38,8 @@ const (
 // L3, L4, Proto and Frag. It checks version, lengths, header checksum and, for
 // the transports it knows, that their fixed header lies in Head; it returns
 // the reason to drop the frame, or ReasonNone (H082, H087). Padding behind the
-// packet is cut off.
+// packet is cut off. Addresses, TTL and ports are the stages' to judge, and a
+// TCP header's options may reach beyond Head.
 func (f *Frame) ParseIPv4() DropReason {
 	const l3 = EthernetLen
 	if int(f.HeadLen) < l3+ip4MinLen {
@@ -50,17 +51,24 @@ func (f *Frame) ParseIPv4() DropReason {
 	switch {
 	case h[0]>>4 != 4 || ihl < ip4MinLen || total < ihl:
 		return BadIPv4
-	case int(f.HeadLen) < l3+ihl || int(f.Len) < l3+total && f.GSOType() == GSONone:
+	case int(f.HeadLen) < l3+ihl || int(f.Len) < l3+total:
 		return ShortFrame
 	case Fold(Sum(h[:ihl], 0)) != 0xffff:
 		return BadChecksum
 	}
-	if int(f.Len) > l3+total && f.GSOType() == GSONone {
+	if int(f.Len) > l3+total {
 		f.truncate(l3 + total)
+		if f.GSO != GSONone || f.Flags&NeedsCsum != 0 && f.CsumStart+f.CsumOffset+2 > f.HeadLen {
+			return BadOffload
+		}
 	}
 	f.L3, f.L4, f.Proto = l3, uint8(l3+ihl), h[ip4Proto]
-	f.Frag = f.FragField()&fragOffset != 0
+	frag := int(f.FragField() & fragOffset)
+	f.Frag = frag != 0
 	if f.Frag {
+		if frag*8+total-ihl > 65535 {
+			return BadIPv4 // reassembly would exceed the largest packet
+		}
 		return ReasonNone
 	}
 	return f.checkTransport(total - ihl)
@@ -86,7 +94,8 @@ func (f *Frame) checkTransport(n int) DropReason {
 			return BadTransport
 		}
 	case ProtoUDP:
-		// A GSO frame's length field counts one segment or all of them.
+		// The length field of a GSO frame counts one segment or all of them,
+		// that of a first fragment the whole datagram.
 		if l := int(binary.BigEndian.Uint16(t[4:])); l < 8 || l > n && !f.MoreFrags() && f.GSOType() == GSONone {
 			return BadTransport
 		}
