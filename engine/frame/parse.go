@@ -88,6 +88,9 @@ func (f *Frame) checkTransport(n int) DropReason {
 	if len(t) < need || n < need {
 		return BadTransport
 	}
+	if !f.sumFieldOK(need) {
+		return BadOffload
+	}
 	switch f.Proto {
 	case ProtoTCP:
 		if doff := int(t[12]>>4) * 4; doff < 20 || doff > n {
@@ -101,6 +104,35 @@ func (f *Frame) checkTransport(n int) DropReason {
 		}
 	}
 	return ReasonNone
+}
+
+// sumFieldOK says whether a partial checksum would be written where the
+// protocol has its checksum, or behind the first n bytes of the transport
+// header, as an inner one of a tunnel. Anywhere else it would change ports or
+// addresses after they have been judged (H070).
+func (f *Frame) sumFieldOK(n int) bool {
+	if f.Flags&NeedsCsum == 0 {
+		return true
+	}
+	start, l4 := int(f.CsumStart), int(f.L4)
+	if start >= l4+n {
+		return true
+	}
+	want := uint16(tcpSum)
+	switch f.Proto {
+	case ProtoUDP:
+		want = udpSum
+	case ProtoICMP:
+		want = 2
+	}
+	return start == l4 && f.CsumOffset == want
+}
+
+// PartialL4 says whether the checksum of the transport header at L4 is the
+// one that NeedsCsum left undone, so that its field holds a pseudo-header's
+// sum.
+func (f *Frame) PartialL4() bool {
+	return f.Flags&NeedsCsum != 0 && f.CsumStart == uint16(f.L4)
 }
 
 // truncate cuts the frame to n bytes.

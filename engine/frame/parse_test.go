@@ -58,6 +58,13 @@ func TestParseIPv4(t *testing.T) {
 		{"ICMP", udp, func(f *Frame) { set(f, 23, 1) }, ReasonNone},
 		{"another protocol, no payload", udp, func(f *Frame) { set(f, 23, 47); set(f, 16, 0, 20) }, ReasonNone},
 		{"H070 checksum field in what is cut off", packet{payload: pattern(20)}, func(f *Frame) { set(f, 23, 47); set(f, 16, 0, 30) }, BadOffload},
+		{"H070 sum over the ports", packet{payload: pattern(20)}, func(f *Frame) { f.CsumOffset = 2 }, BadOffload},
+		{"H070 sum over the sequence number", packet{payload: pattern(20)}, func(f *Frame) { f.CsumStart, f.CsumOffset = 36, 2 }, BadOffload},
+		{"H070 UDP sum over the length", packet{udp: true, payload: pattern(20)}, func(f *Frame) { f.CsumOffset = 4 }, BadOffload},
+		{"H070 sum of TCP in UDP", packet{udp: true, payload: pattern(20)}, func(f *Frame) { f.CsumOffset = 16 }, BadOffload},
+		{"inner sum of a tunnel", packet{udp: true, payload: pattern(80)}, func(f *Frame) { f.CsumStart, f.CsumOffset = 84, 16 }, ReasonNone},
+		{"partial", packet{payload: pattern(20)}, func(*Frame) {}, ReasonNone},
+		{"partial UDP", packet{udp: true, payload: pattern(20)}, func(*Frame) {}, ReasonNone},
 		{"GSO frame with padding", packet{gsoSize: 100, payload: pattern(300)}, func(f *Frame) { set(f, 16, 1, 0) }, BadOffload},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -78,6 +85,11 @@ func TestParseIPv4Fields(t *testing.T) {
 	assert.Equal(t, []any{uint8(63), uint16(0x1234), uint16(DontFragment)}, []any{f.TTL(), f.IPID(), f.FragField()})
 	assert.False(t, f.MoreFrags())
 	assert.Len(t, f.L4Bytes(), HeadSize-38)
+	assert.False(t, f.PartialL4())
+	p.complete = false
+	f = p.frame(t)
+	require.Equal(t, ReasonNone, f.ParseIPv4())
+	assert.True(t, f.PartialL4())
 
 	set(f, 20, 0x20, 1)
 	require.Equal(t, ReasonNone, f.ParseIPv4())
@@ -153,6 +165,7 @@ func FuzzParseIPv4(f *testing.F) {
 		add(b[:33], func(*Frame) {})
 		f.Add(b, uint8(1), uint16(65535), uint16(65535)) // H070
 		f.Add(b, uint8(1), uint16(34), uint16(16))
+		f.Add(b, uint8(1), uint16(34), uint16(2)) // H070, over the ports
 	}
 	f.Fuzz(func(t *testing.T, b []byte, pieces uint8, start, off uint16) {
 		if len(b) > MaxLen {
@@ -176,7 +189,7 @@ func FuzzParseIPv4(f *testing.F) {
 		require.Equal(t, len(got)-14, int(binary.BigEndian.Uint16(got[16:])))
 		require.LessOrEqual(t, int(fr.L4), int(fr.HeadLen))
 		if fr.Flags&NeedsCsum != 0 {
-			fr.CompleteChecksum()
+			fr.CompleteChecksum() // must change nothing that was judged
 			require.Equal(t, len(got), len(fr.Bytes()))
 		}
 		var ip layers.IPv4
