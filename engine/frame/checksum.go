@@ -104,7 +104,7 @@ func (f *Frame) CheckOffload() bool {
 		f.CsumStart, f.CsumOffset = 0, 0
 	} else {
 		start, field := int(f.CsumStart), int(f.CsumStart)+int(f.CsumOffset)
-		if start < EthernetLen || field+2 > int(f.HeadLen) || start >= int(f.Len) {
+		if start < EthernetLen || field+2 > int(f.HeadLen) {
 			return false
 		}
 		switch f.EtherType() {

@@ -337,3 +337,14 @@ func checkSegment(t *testing.T, b []byte, l gsoLayout) {
 		requireChecksums(t, b)
 	}
 }
+
+// TestSegmentUDPZero: see TestCompleteChecksumZero.
+func TestSegmentUDPZero(t *testing.T) {
+	p := packet{udp: true, payload: []byte{0, 0, 0, 0}, gsoSize: 2}
+	q := packet{udp: true, payload: []byte{0, 0}, complete: true}
+	copy(p.payload[2:], q.serialize(t)[14+20+6:]) // adds what is missing to 0xffff
+	s := new(Segmenter)
+	require.True(t, s.Start(p.frame(t)))
+	s.Next()
+	assert.Equal(t, uint16(0xffff), binary.BigEndian.Uint16(s.Next().Head[14+20+6:]))
+}
