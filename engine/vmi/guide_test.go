@@ -1,0 +1,107 @@
+package vmi
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// guide is every YAML example of the guide, by what it must give: the number of VMIs, what Validate finds and what
+// this release cannot serve yet (fields; nil for nothing).
+var guide = []struct {
+	file        string
+	vmis        int
+	faults      []string
+	unsupported []string
+	err         string
+}{
+	{file: "01-pod", vmis: 1},
+	{file: "02-ovs-nad"},
+	{file: "03-ovs-vm", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[1].bridge", "spec.networks[1].multus"}},
+	{file: "04-default-nad"},
+	{file: "05-default-vm", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].bridge", "spec.networks[0].multus"}},
+	{file: "06-e1000-ports", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].model"}},
+	{file: "07-tuning-nad"},
+	{file: "08-no-autoattach", vmis: 1},
+	{file: "09-bridge", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].bridge", "spec.networks[0].multus"}},
+	{file: "10-forbid-bridge"},
+	{file: "11-slirp", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].slirp"}},
+	{file: "12-masquerade", vmis: 1},
+	{file: "13-dual-stack", vmis: 1},
+	{file: "14-multiqueue", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces"}},
+	{file: "15-sriov-policy"},
+	{file: "16-sriov-network"},
+	{file: "17-sriov-vmi", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[1].sriov", "spec.networks[1].multus"}},
+	{file: "18-macvtap-config"},
+	{file: "19-macvtap-config-all"},
+	{file: "20-macvtap-nad", faults: []string{"spec.config"}},
+	{file: "21-macvtap-vmi", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].macvtap", "spec.networks[0].multus"}},
+	{file: "22-spoof-nad"},
+	{file: "23-spoof-fragment", err: "23-spoof-fragment.yaml:1: no kind; a VMI starts with kind: VirtualMachineInstance"},
+}
+
+func TestGuide(t *testing.T) {
+	files, err := filepath.Glob("testdata/guide/*.yaml")
+	require.NoError(t, err)
+	require.Len(t, files, len(guide), "every example has its row")
+	for _, c := range guide {
+		t.Run(c.file, func(t *testing.T) {
+			docs, err := Load(filepath.Join("testdata/guide", c.file+".yaml"))
+			if c.err != "" {
+				require.ErrorIs(t, err, ErrInput)
+				assert.True(t, strings.HasSuffix(err.Error(), c.err), err)
+				return
+			}
+			require.NoError(t, err)
+			assert.Len(t, docs.VMIs, c.vmis)
+			assert.Equal(t, c.faults, paths(Validate(docs, Options{})))
+			assert.Empty(t, Errors(Validate(docs, Options{})), "the guide's examples are sound")
+			assert.Equal(t, c.unsupported, paths(Unsupported(docs)))
+		})
+	}
+}
+
+func paths(faults []Fault) []string {
+	var out []string
+	for _, f := range faults {
+		out = append(out, f.Field)
+	}
+	return out
+}
+
+func TestGuideValues(t *testing.T) {
+	load := func(name string) Docs {
+		docs, err := Load("testdata/guide/" + name + ".yaml")
+		require.NoError(t, err)
+		return docs
+	}
+	vm := Plan(load("17-sriov-vmi"))[0]
+	assert.Equal(t, "vmi-perf", vm.Name)
+	assert.Equal(t, 2, vm.VCPUs)
+	assert.Equal(t, CPU{2, 1, 1}, vm.Topology)
+	assert.Equal(t, uint64(4<<30), vm.Memory)
+	assert.Equal(t, Masquerade, vm.Interfaces[0].Binding)
+	assert.Equal(t, "eth0", vm.Interfaces[0].Network.Link)
+
+	vm = Plan(load("03-ovs-vm"))[0]
+	assert.Equal(t, "03-ovs-vm", vm.Name, "a VMI without a name takes its file's")
+	assert.Equal(t, "default_image.bin", vm.Interfaces[0].DHCP.BootFile)
+	assert.Equal(t, "tftp.example.com", vm.Interfaces[0].DHCP.TFTPServer)
+	assert.Equal(t, 1, vm.Interfaces[0].BootOrder)
+	assert.Equal(t, "ovs-vlan-100", vm.Interfaces[1].Network.NetworkName)
+
+	vm = Plan(load("12-masquerade"))[0]
+	assert.Equal(t, []Port{{"", "TCP", 80}}, vm.Interfaces[0].Ports)
+
+	nad := load("20-macvtap-nad").NADs[0]
+	assert.Equal(t, "macvtap", nad.Type, "the missing comma is put in")
+	assert.Equal(t, "macvtap.network.kubevirt.io/eth0", nad.Annotations["k8s.v1.cni.cncf.io/resourceName"])
+	assert.Equal(t, "ptp", load("07-tuning-nad").NADs[0].Type)
+
+	docs := load("10-forbid-bridge")
+	require.NotNil(t, docs.Cluster.PermitBridge)
+	assert.False(t, *docs.Cluster.PermitBridge)
+}

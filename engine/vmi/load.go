@@ -1,0 +1,273 @@
+package vmi
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// ErrInput is wrapped by every error of Load: the input is wrong, not the machine.
+var ErrInput = errors.New("input")
+
+type inputError struct{ text string }
+
+func (e inputError) Error() string        { return e.text }
+func (e inputError) Is(target error) bool { return target == ErrInput }
+
+func badInput(format string, args ...any) error {
+	return inputError{oneLine(fmt.Sprintf(format, args...))}
+}
+
+// Load reads files of YAML or JSON, with several documents each, and says what they hold. "-" is the standard
+// input, and FILE@NETNS gives the VMIs of a file a network namespace of their own. Documents of kinds that do not concern
+// a VMI's network are passed over. The error has one line per file that could not be read; it is nil although a
+// spec is wrong: that is [Validate]'s to say. Load asks for no VMI to be there: NADs come in files of their own.
+func Load(files ...string) (Docs, error) {
+	var docs Docs
+	var errs []error
+	for _, arg := range files {
+		file, netns := splitNetNS(arg)
+		data, err := readFile(file)
+		if err == nil {
+			err = docs.add(file, netns, data)
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return docs, errors.Join(errs...)
+}
+
+// Parse reads one file's content as Load does; name stands for the file in messages.
+func Parse(name string, data []byte) (Docs, error) {
+	var docs Docs
+	err := docs.add(name, "", data)
+	return docs, err
+}
+
+// splitNetNS cuts FILE@NETNS, unless a file of that whole name is there.
+func splitNetNS(arg string) (file, netns string) {
+	i := strings.LastIndexByte(arg, '@')
+	if i <= 0 {
+		return arg, ""
+	}
+	if _, err := os.Stat(arg); err == nil {
+		return arg, ""
+	}
+	return arg[:i], arg[i+1:]
+}
+
+func readFile(name string) ([]byte, error) {
+	f, err := os.Stdin, error(nil)
+	if name != "-" {
+		if f, err = os.Open(name); err == nil {
+			defer f.Close()
+		}
+	}
+	var data []byte
+	if err == nil {
+		data, err = io.ReadAll(io.LimitReader(f, maxFile+1))
+	}
+	var pe *os.PathError
+	if errors.As(err, &pe) {
+		return nil, badInput("%s: %v", name, pe.Err)
+	}
+	if err != nil {
+		return nil, badInput("%s: %v", name, err)
+	}
+	if len(data) > maxFile {
+		return nil, badInput("%s: larger than %d MiB, no VMI is; split the file", name, maxFile>>20)
+	}
+	return data, nil
+}
+
+func (docs *Docs) add(file, netns string, data []byte) error {
+	nodes, err := parse(file, data)
+	if err != nil {
+		return err
+	}
+	d := &decoder{file: file, budget: maxNodes}
+	from := len(docs.VMIs)
+	for _, n := range nodes {
+		if err := d.document(docs, n, 0); err != nil {
+			return err
+		}
+	}
+	if d.budget < 0 {
+		return badInput("%s: too many nodes when its aliases are expanded; write them out", file)
+	}
+	docs.nameAndPlace(from, netns)
+	docs.faults = append(docs.faults, d.faults...)
+	return nil
+}
+
+// nameAndPlace gives the VMIs from an index on their namespace, and those without a name their file's.
+func (docs *Docs) nameAndPlace(from int, netns string) {
+	nameless := 0
+	for i := from; i < len(docs.VMIs); i++ {
+		v := &docs.VMIs[i]
+		v.NetNS = netns
+		if v.named {
+			continue
+		}
+		base := filepath.Base(v.File)
+		if v.File == "-" {
+			base = "stdin"
+		}
+		v.Name = strings.TrimSuffix(base, filepath.Ext(base))
+		if v.Name == "" {
+			v.Name = base
+		}
+		if nameless++; nameless > 1 {
+			v.Name = fmt.Sprintf("%s-%d", v.Name, nameless)
+		}
+	}
+}
+
+var yamlLine = regexp.MustCompile(`^(?:yaml: )?(?:line (\d+): )?(.*)$`)
+
+// parse reads the documents of a file as nodes. The library is run behind a recover: what it was given may be anything.
+func parse(file string, data []byte) (nodes []*yaml.Node, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			nodes, err = nil, badInput("%s: not YAML that can be read: %v", file, r)
+		}
+	}()
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	for {
+		n := new(yaml.Node)
+		err := dec.Decode(n)
+		if errors.Is(err, io.EOF) {
+			return nodes, nil
+		}
+		if err != nil {
+			m := yamlLine.FindStringSubmatch(oneLine(err.Error()))
+			if m != nil && m[1] != "" {
+				return nil, badInput("%s:%s: %s", file, m[1], m[2])
+			}
+			return nil, badInput("%s: %s", file, strings.TrimPrefix(err.Error(), "yaml: "))
+		}
+		if len(nodes) == maxDocs {
+			return nil, badInput("%s: more than %d documents; split the file", file, maxDocs)
+		}
+		nodes = append(nodes, n)
+	}
+}
+
+// document reads one document, or one item of a List.
+func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
+	if n.Kind == yaml.DocumentNode {
+		if len(n.Content) == 0 {
+			return nil
+		}
+		n = n.Content[0]
+	}
+	root := d.resolve(n)
+	if isNull(root) {
+		return nil
+	}
+	if root.Kind != yaml.MappingNode {
+		return badInput("%s:%d: a document must be a mapping with kind and spec, found %s", d.file, root.Line, kindName(root))
+	}
+	kind, items := "", (*yaml.Node)(nil)
+	for _, p := range d.pairs(root, "") {
+		switch p.key {
+		case "kind":
+			kind = d.text(p.val, "kind")
+		case "items":
+			items = p.val
+		}
+	}
+	switch kind {
+	case "VirtualMachineInstance", "VMI", "VirtualMachine", "VM":
+		d.machine(docs, root, kind)
+	case "NetworkAttachmentDefinition":
+		d.definition(docs, root)
+	case "KubeVirt", "Kubevirt":
+		d.cluster(docs, root)
+	case "":
+		return badInput("%s:%d: no kind; a VMI starts with kind: VirtualMachineInstance", d.file, root.Line)
+	case "List":
+		if depth > 0 || items == nil {
+			return nil
+		}
+		var err error
+		d.list(items, "items", maxDocs, func(n *yaml.Node, _ string) {
+			if err == nil {
+				err = d.document(docs, n, depth+1)
+			}
+		})
+		return err
+	}
+	return nil
+}
+
+func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, annotations map[string]string) {
+	d.object(n, path, false, fields{
+		"name":      func(n *yaml.Node, p string) { *name = d.text(n, p) },
+		"namespace": func(n *yaml.Node, p string) { *namespace = d.text(n, p) },
+		"annotations": func(n *yaml.Node, p string) {
+			for _, a := range d.pairs(n, p) {
+				if annotations != nil && len(annotations) < maxList {
+					annotations[a.key] = d.text(a.val, p+"."+a.key)
+				}
+			}
+		},
+	})
+}
+
+// machine reads a VMI, a VM with its template, or the guide's VM with spec.domain at the top.
+func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
+	v := VMI{Kind: kind, File: d.file, Line: root.Line, Path: "spec", lines: map[string]int{}}
+	d.vmi = &v
+	first := len(d.faults)
+	read := func(n *yaml.Node, p string) {
+		d.spec(n, p, &v.Spec, fields{})
+	}
+	if strings.HasPrefix(kind, "VirtualMachine") && kind != "VirtualMachineInstance" || kind == "VM" {
+		read = func(n *yaml.Node, p string) { d.spec(n, p, &v.Spec, d.template(&v)) }
+	}
+	d.object(root, "", false, fields{
+		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, nil) },
+		"spec":     read,
+	})
+	v.named = v.Name != ""
+	d.vmi = nil
+	// The name may come after the faults.
+	for i := first; i < len(d.faults); i++ {
+		d.faults[i].VMI = oneLine(v.Name)
+	}
+	docs.VMIs = append(docs.VMIs, v)
+}
+
+// template reads spec.template.spec, which takes the place of what stands beside it.
+func (d *decoder) template(v *VMI) fields {
+	return fields{"template": func(n *yaml.Node, p string) {
+		d.object(n, p, false, fields{"spec": func(n *yaml.Node, p string) {
+			v.Path, v.Spec = p, Spec{}
+			d.spec(n, p, &v.Spec, fields{})
+		}})
+	}}
+}
+
+func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
+	c := &docs.Cluster
+	ptr := func(dst **bool) func(*yaml.Node, string) {
+		return func(n *yaml.Node, p string) { b := d.boolean(n, p); *dst = &b }
+	}
+	at := func(key string, next fields) fields {
+		return fields{key: func(n *yaml.Node, p string) { d.object(n, p, false, next) }}
+	}
+	d.object(root, "", false, at("spec", at("configuration", at("network", fields{
+		"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },
+		"permitBridgeInterfaceOnPodNetwork": ptr(&c.PermitBridge),
+		"permitSlirpInterface":              ptr(&c.PermitSlirp),
+	}))))
+}

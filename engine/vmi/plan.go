@@ -1,0 +1,207 @@
+package vmi
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"net"
+	"net/netip"
+	"strings"
+)
+
+// VM is one machine with all its values resolved.
+type VM struct {
+	Name      string
+	Namespace string // metadata.namespace, may be empty
+	NetNS     string // network namespace of its own (FILE@NETNS), empty for the run's
+	Hostname  string // spec.hostname, else the name
+	Subdomain string
+
+	VCPUs    int
+	Topology CPU    // as domain.cpu has it with 1 for what is not said; all 0 if nothing is
+	Memory   uint64 // bytes
+	Hugepage uint64 // bytes of one huge page, 0 for ordinary memory
+
+	Interfaces []Interface
+}
+
+// Interface is one interface with all its values resolved: what a port needs to be opened.
+type Interface struct {
+	VM         string // the VM's name
+	Name       string // of the interface and its network
+	Binding    Binding
+	Model      string           // never empty
+	MAC        net.HardwareAddr // 6 bytes, or nil if none was given
+	QueuePairs int              // 1 to 128
+
+	Network       Network
+	Ports         []Port // empty means all for masquerade and none for slirp
+	DHCP          DHCPOptions
+	BootOrder     int         // 0 if it is not to be booted from
+	PCIAddress    *PCIAddress // nil if it may be anywhere
+	ACPIIndex     int         // 0 if not given
+	State         string      // "up", "down" or "absent"
+	Tag           string
+	Transitional  bool // useVirtioTransitional
+	NetworkNumber int  // place of the network in spec.networks, for the ordinal names net1, net2
+}
+
+// Network is what an interface is joined to. The addresses are valid for the pod network only.
+type Network struct {
+	Pod         bool
+	Default     bool   // the pod network, or a Multus network in its place
+	NetworkName string // of a Multus network: "name" or "namespace/name"
+	Link        string // the pod's link by KubeVirt's naming: eth0, or pod and 11 digits of a hash
+
+	CIDR, CIDR6       netip.Prefix // host bits masked
+	Gateway, Gateway6 netip.Addr   // base + 1
+	Guest, Guest6     netip.Addr   // base + 2
+}
+
+// Port is one port that belongs to the guest.
+type Port struct {
+	Name     string
+	Protocol string // "TCP" or "UDP"
+	Port     uint16
+}
+
+// DHCPOptions is what an interface's dhcpOptions add to a lease.
+type DHCPOptions struct {
+	BootFile   string // option 67
+	TFTPServer string // option 66
+	NTPServers []netip.Addr
+	Private    []PrivateOption
+}
+
+// PrivateOption is one of the options 224 to 254, its value as raw bytes.
+type PrivateOption struct {
+	Option uint8
+	Value  string
+}
+
+// Plan resolves every VMI. The docs must have passed [Validate]; values that do not parse come out as defaults.
+func Plan(docs Docs) []VM {
+	vms := make([]VM, 0, len(docs.VMIs))
+	for i := range docs.VMIs {
+		vms = append(vms, docs.VMIs[i].plan())
+	}
+	return vms
+}
+
+func (v *VMI) plan() VM {
+	s := &v.Spec
+	cpus, _ := s.vcpus()
+	memory, _, ok := s.memory()
+	if !ok {
+		memory = defaultMemory
+	}
+	vm := VM{
+		Name: v.Name, Namespace: v.Namespace, NetNS: v.NetNS, Hostname: s.Hostname, Subdomain: s.Subdomain,
+		VCPUs: int(min(max(cpus, 1), maxVCPUs)), Memory: uint64(max(memory, 0)),
+	}
+	if s.CPU != (CPU{}) {
+		vm.Topology = CPU{max(s.CPU.Sockets, 1), max(s.CPU.Cores, 1), max(s.CPU.Threads, 1)}
+	}
+	if vm.Hostname == "" {
+		vm.Hostname = hostnameOf(v.Name)
+	}
+	if size, ok := hugepage(s.HugepageSize); ok {
+		vm.Hugepage = uint64(size)
+	}
+	for i := range s.Interfaces {
+		vm.Interfaces = append(vm.Interfaces, v.planInterface(&s.Interfaces[i], vm.VCPUs))
+	}
+	return vm
+}
+
+func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
+	s := &v.Spec
+	p := Interface{
+		VM: v.Name, Name: f.Name, Model: f.Model, MAC: parseMAC(f.MAC), QueuePairs: 1,
+		State: f.State, Tag: f.Tag, Transitional: s.Transitional, DHCP: f.DHCP.plan(),
+	}
+	if len(f.Bindings) > 0 {
+		p.Binding = f.Bindings[0]
+	}
+	if p.Model == "" {
+		p.Model = "virtio"
+	}
+	if p.State == "" {
+		p.State = "up"
+	}
+	if s.Multiqueue && p.Model == "virtio" {
+		p.QueuePairs = min(vcpus, maxQueues)
+	}
+	if f.BootOrder != nil {
+		p.BootOrder = int(*f.BootOrder)
+	}
+	if f.ACPIIndex != nil {
+		p.ACPIIndex = int(*f.ACPIIndex)
+	}
+	if pciAddress.MatchString(f.PCIAddress) {
+		a := parsePCI(f.PCIAddress)
+		p.PCIAddress = &a
+	}
+	for _, x := range f.Ports {
+		p.Ports = append(p.Ports, Port{Name: x.Name, Protocol: protocolOr(x.Protocol), Port: uint16(x.Port)})
+	}
+	for i := range s.Networks {
+		if s.Networks[i].Name == f.Name {
+			p.Network, p.NetworkNumber = s.Networks[i].plan(), i
+			break
+		}
+	}
+	return p
+}
+
+func (n *NetworkSpec) plan() Network {
+	w := Network{Pod: n.Pod != nil, Link: linkName(n.Name)}
+	if n.Multus != nil {
+		w.NetworkName = n.Multus.NetworkName
+		w.Default = n.Multus.Default
+	}
+	if w.Default = w.Default || w.Pod; w.Default {
+		w.Link = "eth0"
+	}
+	if n.Pod == nil {
+		return w
+	}
+	if p, err := parseCIDR4(n.Pod.CIDR); err == nil {
+		w.CIDR, w.Gateway, w.Guest = p, gatewayOf(p), guestOf(p)
+	}
+	if p, err := parseCIDR6(n.Pod.CIDR6); err == nil {
+		w.CIDR6, w.Gateway6, w.Guest6 = p, gatewayOf(p), guestOf(p)
+	}
+	return w
+}
+
+func (d *DHCPSpec) plan() DHCPOptions {
+	o := DHCPOptions{BootFile: d.BootFile, TFTPServer: d.TFTPServer}
+	for _, s := range d.NTPServers {
+		if a, ok := parseIPv4(s); ok {
+			o.NTPServers = append(o.NTPServers, a)
+		}
+	}
+	for _, p := range d.Private {
+		o.Private = append(o.Private, PrivateOption{uint8(p.Option), p.Value})
+	}
+	return o
+}
+
+// linkName is the name that KubeVirt has Multus give a secondary network's link in the pod.
+func linkName(network string) string {
+	sum := sha256.Sum256([]byte(network))
+	return "pod" + hex.EncodeToString(sum[:])[:11]
+}
+
+// hostnameOf makes a host name of a VM's name as KubeVirt does: its first label. A name that came from a file may hold
+// characters that no host name has.
+func hostnameOf(name string) string {
+	label, _, _ := strings.Cut(strings.ToLower(name), ".")
+	label = strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, label)
+	return strings.Trim(label[:min(len(label), 63)], "-")
+}

@@ -1,0 +1,254 @@
+package vmi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// QEMUVersion is a frontend's version; the zero value is an unknown one.
+type QEMUVersion struct{ Major, Minor int }
+
+// Less says whether v is older than major.minor. An unknown version is older than all.
+func (v QEMUVersion) Less(major, minor int) bool {
+	return v.Major < major || v.Major == major && v.Minor < minor
+}
+
+func (v QEMUVersion) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
+
+var qemuVersion = regexp.MustCompile(`version (\d{1,3})\.(\d{1,3})`)
+
+// ParseQEMUVersion reads the first line of `qemu-system-x86_64 --version`.
+func ParseQEMUVersion(out string) (QEMUVersion, error) {
+	m := qemuVersion.FindStringSubmatch(out)
+	if m == nil {
+		return QEMUVersion{}, fmt.Errorf("no QEMU version in %q", oneLine(out))
+	}
+	major, _ := strconv.Atoi(m[1])
+	minor, _ := strconv.Atoi(m[2])
+	return QEMUVersion{major, minor}, nil
+}
+
+// AskQEMUVersion runs a QEMU binary for its version.
+func AskQEMUVersion(ctx context.Context, binary string) (QEMUVersion, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, binary, "--version").Output()
+	if err != nil {
+		return QEMUVersion{}, fmt.Errorf("ask %s for its version: %w", binary, err)
+	}
+	return ParseQEMUVersion(string(out))
+}
+
+// QEMUOptions is what the arguments depend on beside the plan.
+type QEMUOptions struct {
+	SocketDir string              // where the vhost-user sockets are, see Interface.SocketPath
+	MTU       func(Interface) int // MTU of an interface's network, 0 if unknown; nil for unknown everywhere
+	Version   QEMUVersion
+	KVM       bool // the frontend runs with KVM
+	Client    bool // sidewire dials: QEMU has to listen
+	Packed    bool // offer packed virtqueues
+}
+
+// maxSocketPath is what sun_path holds before its final NUL.
+const maxSocketPath = 107
+
+// SocketPath is the interface's vhost-user socket: DIR/VMI/INTERFACE.sock.
+func (i Interface) SocketPath(dir string) string {
+	return filepath.Join(dir, i.VM, i.Name+".sock")
+}
+
+// QEMUArgs gives the arguments that a QEMU needs to run a VM on our ports: memory, processors, and a chardev, a
+// netdev and a device for each interface. Each element is one argument. The notes are lines for a person: what was
+// left out or is needed besides. Machine type and accelerator are the caller's; interfaces with a PCI address need q35.
+func QEMUArgs(vm VM, o QEMUOptions) (args, notes []string, err error) {
+	b := &qemuArgs{o: o}
+	b.machine(vm)
+	// Devices that have a place go first, so that none that may be anywhere takes it.
+	order := slices.Clone(vm.Interfaces)
+	slices.SortStableFunc(order, func(x, y Interface) int {
+		return placedFirst(x) - placedFirst(y)
+	})
+	if err := b.buses(order); err != nil {
+		return nil, nil, err
+	}
+	for _, i := range order {
+		if err := b.add(i); err != nil {
+			return nil, nil, fmt.Errorf("interface %q: %w", i.Name, err)
+		}
+	}
+	return b.args, b.notes, nil
+}
+
+func placedFirst(i Interface) int {
+	if i.PCIAddress != nil {
+		return 0
+	}
+	return 1
+}
+
+type qemuArgs struct {
+	o           QEMUOptions
+	args, notes []string
+}
+
+func (b *qemuArgs) arg(words ...string) { b.args = append(b.args, words...) }
+
+func (b *qemuArgs) note(format string, args ...any) {
+	n := fmt.Sprintf(format, args...)
+	if !slices.Contains(b.notes, n) {
+		b.notes = append(b.notes, n)
+	}
+}
+
+// machine: memory has to be shared and backed by a file, or the engine never sees the guest's rings; QEMU only
+// prints a warning about that and runs on with a dead NIC.
+func (b *qemuArgs) machine(vm VM) {
+	align := uint64(2 << 20)
+	huge := ""
+	if vm.Hugepage > 0 {
+		align = max(align, vm.Hugepage)
+		huge = fmt.Sprintf(",hugetlb=on,hugetlbsize=%dK", vm.Hugepage>>10)
+	}
+	size := fmt.Sprintf("%dM", (vm.Memory+align-1)/align*align>>20)
+	b.arg("-m", size)
+	b.arg("-object", "memory-backend-memfd,id=mem,size="+size+",share=on"+huge)
+	b.arg("-numa", "node,memdev=mem")
+	smp := strconv.Itoa(vm.VCPUs)
+	if t := vm.Topology; t != (CPU{}) {
+		smp += fmt.Sprintf(",sockets=%d,cores=%d,threads=%d", t.Sockets, t.Cores, t.Threads)
+	}
+	b.arg("-smp", smp)
+}
+
+// buses makes the PCI buses that addresses name. A host bridge of its own (pxb-pcie) is the only way to fix a
+// bus's number: the numbers behind root ports are the firmware's to choose. A function other than 0 is found only if
+// function 0 of the slot answers, so a test device that no driver takes is put there if no interface is.
+func (b *qemuArgs) buses(order []Interface) error {
+	made := map[uint8]bool{0: true}
+	taken := map[PCIAddress]bool{}
+	for _, i := range order {
+		if i.PCIAddress != nil {
+			taken[*i.PCIAddress] = true
+		}
+	}
+	for _, i := range order {
+		a := i.PCIAddress
+		if a == nil {
+			continue
+		}
+		if a.Domain != 0 || a.Slot > 31 || a.Function > 7 {
+			return fmt.Errorf("interface %q: PCI address %s: no guest has it; use domain 0000 and a slot up to 1f", i.Name, a)
+		}
+		b.note("interface %s has a PCI address: the machine must be q35, and bus numbers above 00 must not be used by other bridges", i.Name)
+		if !made[a.Bus] {
+			made[a.Bus] = true
+			b.arg("-device", fmt.Sprintf("pxb-pcie,id=%s,bus=pcie.0,bus_nr=%d", busName(a.Bus), a.Bus))
+		}
+		if first := (PCIAddress{0, a.Bus, a.Slot, 0}); a.Function != 0 && !taken[first] {
+			taken[first] = true
+			b.arg("-device", fmt.Sprintf("pci-testdev,bus=%s,addr=%02x.0,multifunction=on", busName(a.Bus), a.Slot))
+		}
+	}
+	return nil
+}
+
+func busName(bus uint8) string {
+	if bus == 0 {
+		return "pcie.0"
+	}
+	return fmt.Sprintf("pxb-%02x", bus)
+}
+
+func (b *qemuArgs) add(i Interface) error {
+	path := i.SocketPath(b.o.SocketDir)
+	switch {
+	case i.Model != "virtio":
+		return fmt.Errorf("vhost-user carries virtio only, not model %s", i.Model)
+	case len(path) > maxSocketPath:
+		return fmt.Errorf("socket path %s is longer than %d bytes; choose a shorter --socket-dir", path, maxSocketPath)
+	case strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == 0x7f }):
+		return errors.New("control character in the socket's path; choose another --socket-dir")
+	}
+	b.arg("-chardev", "socket,id=char-"+i.Name+",path="+escape(path)+b.connect())
+	netdev := "vhost-user,id=net-" + i.Name + ",chardev=char-" + i.Name
+	if i.QueuePairs > 1 {
+		netdev += ",queues=" + strconv.Itoa(i.QueuePairs)
+	}
+	b.arg("-netdev", netdev)
+	b.arg("-device", b.device(i))
+	return nil
+}
+
+// connect: sidewire may be restarted, so QEMU tries again for ever. The option's old name went away after 9.2 brought
+// the new one.
+func (b *qemuArgs) connect() string {
+	switch {
+	case b.o.Client:
+		return ",server=on,wait=off"
+	case b.o.Version == (QEMUVersion{}):
+		b.note("the version of QEMU is not known: these arguments are for 7.2 to 9.1")
+		return ",reconnect=1"
+	case b.o.Version.Less(9, 2):
+		return ",reconnect=1"
+	}
+	return ",reconnect-ms=100"
+}
+
+// device: a transitional device is what iPXE boots from; without a boot order the ROM is off, as KubeVirt has it.
+func (b *qemuArgs) device(i Interface) string {
+	d := []string{"virtio-net-pci", "id=nic-" + i.Name, "netdev=net-" + i.Name}
+	add := func(format string, args ...any) { d = append(d, fmt.Sprintf(format, args...)) }
+	if i.MAC != nil {
+		add("mac=%s", i.MAC)
+	}
+	if i.QueuePairs > 1 {
+		add("mq=on")
+	}
+	if !b.o.KVM && b.o.Version.Less(8, 0) {
+		// QEMU 7.2 crashes when a guest under TCG sets up MSI-X on a virtio-net over vhost-user.
+		add("vectors=0")
+		b.note("vectors=0: this QEMU crashes with MSI-X on vhost-user unless KVM is there; use QEMU 8 or later, or KVM")
+	} else {
+		add("vectors=%d", 2*i.QueuePairs+2)
+	}
+	add("mrg_rxbuf=on,rx_queue_size=1024,tx_queue_size=1024")
+	if b.o.Packed {
+		add("packed=on")
+	}
+	if b.o.MTU != nil {
+		if mtu := b.o.MTU(i); mtu >= 68 && mtu <= 65535 {
+			add("host_mtu=%d", mtu)
+		}
+	}
+	if i.BootOrder > 0 || i.Transitional {
+		add("disable-legacy=off")
+	} else {
+		add("disable-legacy=on")
+	}
+	if i.BootOrder > 0 {
+		add("bootindex=%d", i.BootOrder)
+	} else {
+		add("romfile=")
+	}
+	if i.ACPIIndex > 0 {
+		add("acpi-index=%d", i.ACPIIndex)
+	}
+	if a := i.PCIAddress; a != nil {
+		add("bus=%s,addr=%02x.%x", busName(a.Bus), a.Slot, a.Function)
+		if a.Function == 0 {
+			add("multifunction=on")
+		}
+	}
+	return strings.Join(d, ",")
+}
+
+// escape doubles the commas of a value in a QEMU option.
+func escape(s string) string { return strings.ReplaceAll(s, ",", ",,") }

@@ -1,0 +1,53 @@
+package vmi
+
+// Unsupported lists what is right by [Validate] but cannot be served by this release. It shrinks as bindings are
+// added; every entry is one `if`.
+func Unsupported(docs Docs) []Fault {
+	var faults []Fault
+	for i := range docs.VMIs {
+		v := &docs.VMIs[i]
+		say := func(field, format string, args ...any) {
+			if len(faults) < maxFaults {
+				faults = append(faults, v.fault(Error, field, "not supported yet: "+format, args...))
+			}
+		}
+		if v.attachesDefault() {
+			say(v.interfacesPath(), "a VMI without interfaces gets a bridge on the pod network; list an interface with masquerade: {} and its network with pod: {}")
+		}
+		for j := range v.Spec.Interfaces {
+			unsupportedInterface(&v.Spec.Interfaces[j], v.interfacePath(j), say)
+		}
+		for j, n := range v.Spec.Networks {
+			if n.Multus != nil {
+				say(v.networkPath(j)+".multus", "a Multus network; use pod: {}")
+			}
+			if n.Claim {
+				say(v.networkPath(j)+".resourceClaim", "a network by resource claim; use pod: {}")
+			}
+		}
+	}
+	return faults
+}
+
+func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
+	for _, b := range f.Bindings {
+		if b != Masquerade {
+			say(at+"."+string(b), "binding %s; use masquerade: {}", b)
+		}
+	}
+	if f.Model != "" && f.Model != "virtio" {
+		say(at+".model", "model %s; use virtio", f.Model)
+	}
+	if f.PortRanges > 0 {
+		say(at+".portRanges", "port ranges; list the ports")
+	}
+	if f.State == "down" || f.State == "absent" {
+		say(at+".state", "state %s; use up", f.State)
+	}
+}
+
+// attachesDefault says whether KubeVirt gives this VMI an interface that its spec does not name.
+func (v *VMI) attachesDefault() bool {
+	s := &v.Spec
+	return len(s.Interfaces) == 0 && len(s.Networks) == 0 && (s.AutoattachPod == nil || *s.AutoattachPod)
+}
