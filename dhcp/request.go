@@ -80,7 +80,7 @@ func readRequest(b []byte, at int) (q *request, panicked bool) {
 	if !plausible(m) {
 		return nil, false
 	}
-	p, panicked := decode(m)
+	p, panicked := decode(m, dhcpv4.FromBytes)
 	if p == nil {
 		return nil, panicked
 	}
@@ -161,13 +161,13 @@ func walk(a []byte, count *int, first bool) (overload byte, ok bool) {
 
 // decode runs the codec. A panic in it is caught: it touches private memory
 // only, so the message is at fault.
-func decode(m []byte) (p *dhcpv4.DHCPv4, panicked bool) {
+func decode(m []byte, codec func([]byte) (*dhcpv4.DHCPv4, error)) (p *dhcpv4.DHCPv4, panicked bool) {
 	defer func() {
 		if recover() != nil {
 			p, panicked = nil, true
 		}
 	}()
-	p, err := dhcpv4.FromBytes(m)
+	p, err := codec(m)
 	if err != nil {
 		return nil, false
 	}

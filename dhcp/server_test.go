@@ -375,7 +375,7 @@ func TestChecksum(t *testing.T) {
 			p := bytes.Clone(good)
 			binary.BigEndian.PutUint16(p[40:], c.sum)
 			enginetest.Fill(n.b, p)
-			n.b.Frame(0).Flags = c.flags
+			n.b.Frame(0).Offload = frame.Offload{Flags: c.flags, CsumStart: 34, CsumOffset: 6}
 			n.s.Process(n.b)
 			assert.Equal(t, c.want, n.b.Frame(0).Reason)
 			assert.Equal(t, c.want == frame.ReasonNone, n.b.Len() == 2)
