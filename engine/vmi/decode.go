@@ -287,14 +287,20 @@ func sortedKeys(f fields) []string {
 
 // nearest returns the known name that is most like key, or nothing if none is.
 func nearest(key string, f fields) string {
-	best, bestDist := "", max(2, len(key)/3)+1
+	best, bestDist := "", max(1, len(key)/3)+1
+	begins := ""
+	low := strings.ToLower(key)
 	for _, name := range sortedKeys(f) {
-		if strings.EqualFold(name, key) {
-			return name
-		}
-		if dist := distance(key, name); dist < bestDist && dist < len(name) {
+		lowName := strings.ToLower(name)
+		if dist := distance(low, lowName); dist < bestDist && dist < len(name) {
 			best, bestDist = name, dist
 		}
+		if begins == "" && len(key) >= 3 && (strings.HasPrefix(lowName, low) || strings.HasPrefix(low, lowName)) {
+			begins = name
+		}
+	}
+	if best == "" {
+		return begins
 	}
 	return best
 }
