@@ -1,0 +1,255 @@
+package vhostuser
+
+import (
+	"sync"
+	"sync/atomic"
+
+	"sidewire/engine/frame"
+	"sidewire/vhostuser/virtq"
+)
+
+// Watcher lets a worker sleep until something happens to a pair. Watch lets
+// an event on fd end the sleep once (edge-triggered, fd is never read),
+// Unwatch undoes it, Wake ends the sleep at once. All three are called from
+// the control plane.
+type Watcher interface {
+	Watch(fd int) error
+	Unwatch(fd int)
+	Wake()
+}
+
+// Pair is a queue pair of a device: a source of the frames that the guest
+// sends. Pull, Release, Arm and Disarm belong to one worker; SetWatcher may be
+// called at any time.
+type Pair struct {
+	dev   *Device
+	index uint16
+	tx    atomic.Pointer[txState]
+	rx    rxRing
+
+	// The worker's own: what was popped and not yet put.
+	cur   *txState
+	heads [frame.BatchSize]uint16
+	n     int
+	bytes int
+
+	mu      sync.Mutex // guards watcher and watched
+	watcher Watcher
+	watched int // the kick descriptor, -1 for none
+
+	count counters
+}
+
+// txState is what a worker needs of a tx ring. It is never changed, only
+// replaced; its queue is used by the pair's worker alone.
+type txState struct {
+	q       *virtq.Queue
+	ring    *ring
+	hdr     int    // length of the virtio_net_hdr
+	feats   uint64 // negotiated
+	max     int    // longest frame without GSO
+	enabled bool
+	onEmpty bool // NOTIFY_ON_EMPTY
+}
+
+// Pull adds the frames that wait in the tx ring to an empty batch. Frames of a
+// disabled ring are taken and lost, as the specification says.
+func (p *Pair) Pull(b *frame.Batch) int {
+	st := p.tx.Load()
+	p.cur, p.n, p.bytes = st, 0, 0
+	if st == nil {
+		return 0
+	}
+	for p.n < len(p.heads) && p.pop(st, b) {
+	}
+	n := b.Len()
+	if n > 0 {
+		p.count.txFrames.Add(uint64(n))
+		p.count.txBytes.Add(uint64(p.bytes))
+	} else if p.n > 0 {
+		p.Release(b)
+	}
+	return n
+}
+
+// pop takes one chain and reports whether to go on.
+func (p *Pair) pop(st *txState, b *frame.Batch) bool {
+	room := b.SegsLeft()
+	segs := b.Segs(room)
+	c, status := st.q.Pop(virtq.Readable, segs)
+	b.TrimSegs(room - len(c.Segs))
+	switch status {
+	case virtq.Empty, virtq.NoRoom:
+		return false
+	case virtq.Broken:
+		p.dev.breakRing(st.ring, st.q.Err())
+		return false
+	}
+	p.heads[p.n] = c.Head
+	p.n++
+	switch {
+	case status == virtq.Bad:
+		p.count.drop(frame.BadDescriptor)
+		p.dev.badChains[st.q.LastCause()].Add(1)
+	case !st.enabled:
+		p.count.drop(frame.QueueStopped)
+		b.TrimSegs(len(c.Segs))
+	default:
+		p.add(st, b, &c)
+	}
+	return true
+}
+
+// add makes a frame of a chain, or counts why not.
+func (p *Pair) add(st *txState, b *frame.Batch, c *virtq.Chain) {
+	n := c.Len - st.hdr
+	switch {
+	case n < frame.EthernetLen:
+		p.count.drop(frame.ShortFrame)
+		b.TrimSegs(len(c.Segs))
+		return
+	case n > frame.MaxLen:
+		p.count.drop(frame.OversizeFrame)
+		b.TrimSegs(len(c.Segs))
+		return
+	}
+	f := b.Next()
+	var hdr [frame.VnetHdrMrgLen]byte
+	segs := take(hdr[:st.hdr], c.Segs)
+	f.Offload.Decode(hdr[:])
+	f.Len = int32(n)
+	f.HeadLen = uint16(min(n, frame.HeadSize))
+	f.Tail = take(f.Head[:f.HeadLen], segs)
+	f.Queue, f.Token = p.index, uint32(c.Head)
+	if r := st.check(f); r != frame.ReasonNone {
+		p.count.drop(r)
+		b.Undo()
+		b.TrimSegs(len(c.Segs))
+		return
+	}
+	p.bytes += n
+}
+
+// take fills b from the front of segs, which hold at least as much, and
+// returns the rest of them.
+func take(b []byte, segs [][]byte) [][]byte {
+	for len(b) > 0 {
+		n := copy(b, segs[0])
+		b = b[n:]
+		if n == len(segs[0]) {
+			segs = segs[1:]
+		} else {
+			segs[0] = segs[0][n:]
+		}
+	}
+	return segs
+}
+
+// check refuses what the guest may not send (H070 to H074).
+func (st *txState) check(f *frame.Frame) frame.DropReason {
+	f.Flags &^= frame.DataValid // meaningless from a driver
+	if !f.CheckOffload() || f.Flags&frame.NeedsCsum != 0 && st.feats&featCSUM == 0 {
+		return frame.BadOffload
+	}
+	if f.GSO == frame.GSONone {
+		if int(f.Len) > st.max {
+			return frame.OversizeFrame
+		}
+		return frame.ReasonNone
+	}
+	var need uint64
+	switch f.GSOType() {
+	case frame.GSOTCPv4:
+		need = featHostTSO4
+	case frame.GSOTCPv6:
+		need = featHostTSO6
+	case frame.GSOUDPL4:
+		need = featHostUSO
+	}
+	if f.GSO&frame.GSOECN != 0 {
+		need |= featHostECN
+	}
+	if st.feats&need != need {
+		return frame.BadOffload
+	}
+	return frame.ReasonNone
+}
+
+// Release gives the buffers of the last Pull back to the guest.
+func (p *Pair) Release(*frame.Batch) {
+	st, n := p.cur, p.n
+	p.n = 0
+	if st == nil || n == 0 {
+		return
+	}
+	for _, h := range p.heads[:n] {
+		st.q.Put(h, 0)
+	}
+	st.q.Publish()
+	if st.q.NeedsNotify() || st.onEmpty && st.q.Avail() == 0 {
+		st.ring.call.signal()
+		p.count.interrupts.Add(1)
+	}
+}
+
+// Arm asks the guest for kicks and reports whether frames wait already.
+func (p *Pair) Arm() (more bool) {
+	st := p.tx.Load()
+	return st != nil && st.q.EnableNotify()
+}
+
+// Disarm tells the guest that kicks are not needed.
+func (p *Pair) Disarm() {
+	if st := p.tx.Load(); st != nil {
+		st.q.DisableNotify()
+	}
+}
+
+// SetWatcher says which worker to wake for the pair; nil for none. It replaces
+// the one before.
+func (p *Pair) SetWatcher(w Watcher) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.watcher != nil && p.watched >= 0 {
+		p.watcher.Unwatch(p.watched)
+	}
+	p.watcher = w
+	if w == nil {
+		return
+	}
+	if p.watched >= 0 {
+		if err := w.Watch(p.watched); err != nil {
+			p.dev.log.Error("kick descriptor cannot be watched", "pair", p.index, "err", err)
+		}
+	}
+	w.Wake()
+}
+
+// watch lets the worker be woken by the kick descriptor fd, which must be
+// unwatched before it is closed. It replaces the one before.
+func (p *Pair) watch(fd int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.watcher != nil {
+		if p.watched >= 0 {
+			p.watcher.Unwatch(p.watched)
+		}
+		if fd >= 0 {
+			if err := p.watcher.Watch(fd); err != nil {
+				p.watched = -1
+				return err
+			}
+		}
+	}
+	p.watched = fd
+	return nil
+}
+
+// wake makes the worker look at the ring.
+func (p *Pair) wake() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.watcher != nil {
+		p.watcher.Wake()
+	}
+}

@@ -1,0 +1,327 @@
+package vhostuser
+
+import (
+	"sync"
+
+	"sidewire/engine/frame"
+	"sidewire/vhostuser/virtq"
+)
+
+const (
+	// rxSegs is the room for the buffers of one frame: the longest chain.
+	rxSegs = virtq.MaxSegs
+	// rxHeads bounds how many mergeable buffers one frame may need; 64 KiB
+	// take 44 of the usual size.
+	rxHeads = 256
+	// legalBuffer is the smallest buffer that a driver without MRG_RXBUF may
+	// post, without the header (virtio 1.2, 5.1.6.3.1).
+	legalBuffer = 1514
+)
+
+// rxRing delivers to the guest. Any worker may use it.
+type rxRing struct {
+	pair *Pair
+
+	// mu guards all below; workers hold it for one batch, the control plane
+	// for an assignment, and neither waits for anything meanwhile.
+	mu      sync.Mutex
+	q       *virtq.Queue // nil while the ring is stopped, disabled or broken
+	ring    *ring
+	hdr     int
+	feats   uint64
+	onEmpty bool
+
+	segs          [][]byte // room for one frame's buffers
+	used          int      // how much of it is taken
+	heads         [rxHeads]lent
+	n             int              // chains popped and not yet put
+	dirty         bool             // something was put and not yet published
+	frames, bytes uint64           // delivered and not yet counted
+	seg           *frame.Segmenter // made when a frame first needs it
+}
+
+// lent is a popped chain.
+type lent struct {
+	head uint16
+	len  int
+}
+
+// rxSet is the rx rings that may be used. It is never changed, only replaced.
+type rxSet []*rxRing
+
+// pushMax is how many frames Push groups at a time.
+const pushMax = 64
+
+// Push delivers frames to the guest, spread over the enabled queues by
+// Frame.Queue. It is safe for concurrent use.
+func (d *Device) Push(_ int, fs []*frame.Frame) {
+	set := *d.rxSet.Load()
+	if len(set) == 0 {
+		for _, f := range fs {
+			f.Drop(frame.QueueStopped)
+		}
+		d.rxDrops[frame.QueueStopped].Add(uint64(len(fs)))
+		return
+	}
+	for len(fs) > pushMax {
+		set.push(fs[:pushMax])
+		fs = fs[pushMax:]
+	}
+	set.push(fs)
+}
+
+// push groups frames by ring, in order, and takes each ring's lock once.
+func (set rxSet) push(fs []*frame.Frame) {
+	if len(set) == 1 {
+		set[0].push(fs)
+		return
+	}
+	var group [pushMax]*frame.Frame
+	n := uint32(len(set))
+	for left := uint64(1)<<len(fs) - 1; left != 0; {
+		k, which := 0, -1
+		for i, f := range fs {
+			if left&(1<<i) == 0 {
+				continue
+			}
+			r := int(uint32(f.Queue) % n)
+			if which < 0 {
+				which = r
+			}
+			if r == which {
+				group[k] = f
+				k++
+				left &^= 1 << i
+			}
+		}
+		set[which].push(group[:k])
+	}
+}
+
+// push delivers frames to this ring.
+func (r *rxRing) push(fs []*frame.Frame) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.q == nil {
+		for _, f := range fs {
+			r.drop(f, frame.QueueStopped)
+		}
+		return
+	}
+	defer r.settle()
+	for _, f := range fs {
+		r.deliver(f)
+	}
+}
+
+// settle ends a batch: it takes back what a fault in the sender's memory left
+// half done, publishes, and interrupts the guest if it wants that.
+func (r *rxRing) settle() {
+	if r.q == nil {
+		return
+	}
+	r.rewind()
+	if !r.dirty {
+		return
+	}
+	r.dirty = false
+	r.pair.count.rxFrames.Add(r.frames)
+	r.pair.count.rxBytes.Add(r.bytes)
+	r.frames, r.bytes = 0, 0
+	r.q.Publish()
+	if r.q.NeedsNotify() || r.onEmpty && r.q.Avail() == 0 {
+		r.ring.call.signal()
+		r.pair.count.interrupts.Add(1)
+	}
+}
+
+// deliver gives the guest one frame in the form that it can take.
+func (r *rxRing) deliver(f *frame.Frame) {
+	if f.GSO != frame.GSONone && !r.takesGSO(f.GSO) {
+		r.segment(f)
+		return
+	}
+	if r.feats&featGuestCSUM == 0 {
+		if f.Flags&frame.NeedsCsum != 0 {
+			f.CompleteChecksum()
+		}
+		f.Flags &^= frame.DataValid
+	}
+	if reason := r.write(f); reason != frame.ReasonNone {
+		r.drop(f, reason)
+	}
+}
+
+// takesGSO reports whether the guest takes frames of this GSO type whole.
+func (r *rxRing) takesGSO(gso uint8) bool {
+	need := uint64(featGuestCSUM)
+	switch gso &^ frame.GSOECN {
+	case frame.GSOTCPv4:
+		need |= featGuestTSO4
+	case frame.GSOTCPv6:
+		need |= featGuestTSO6
+	case frame.GSOUDPL4:
+		need |= featGuestUSO4 | featGuestUSO6
+	default:
+		return false
+	}
+	if gso&frame.GSOECN != 0 {
+		need |= featGuestECN
+	}
+	return r.feats&need == need
+}
+
+// segment delivers a GSO frame in pieces. What does not fit is lost as on any
+// full link; the frame counts as dropped only if nothing of it went through.
+func (r *rxRing) segment(f *frame.Frame) {
+	if r.seg == nil {
+		r.seg = new(frame.Segmenter)
+	}
+	if !r.seg.Start(f) {
+		r.drop(f, frame.BadOffload)
+		return
+	}
+	sent, last := 0, frame.ReasonNone
+	for s := r.seg.Next(); s != nil; s = r.seg.Next() {
+		if r.feats&featGuestCSUM == 0 {
+			if s.Flags&frame.NeedsCsum != 0 {
+				s.CompleteChecksum()
+			}
+			s.Flags &^= frame.DataValid
+		}
+		if reason := r.write(s); reason != frame.ReasonNone {
+			last = reason
+			r.pair.count.drop(reason)
+			continue
+		}
+		sent++
+	}
+	if sent == 0 && last != frame.ReasonNone {
+		f.Drop(last)
+	}
+}
+
+// write copies a frame into the guest's buffers. If it returns a reason, the
+// guest has got nothing of the frame.
+func (r *rxRing) write(f *frame.Frame) frame.DropReason {
+	need := r.hdr + int(f.Len)
+	mergeable := r.feats&featMrgRxbuf != 0
+	for got := 0; got < need; {
+		if got > 0 && !mergeable {
+			// One buffer is all there is. A legal one waits for a frame that
+			// fits; another would block the ring for ever.
+			if got < r.hdr+legalBuffer {
+				r.giveBack()
+				return frame.NoBuffer
+			}
+			r.rewind()
+			return frame.OversizeFrame
+		}
+		n, reason := r.pop()
+		if reason != frame.ReasonNone {
+			return reason
+		}
+		if got == 0 && n < r.hdr {
+			r.giveBack() // the header must lie in the first buffer
+			return frame.NoBuffer
+		}
+		got += n
+	}
+	r.fill(f, need)
+	r.frames++
+	r.bytes += uint64(f.Len)
+	return frame.ReasonNone
+}
+
+// pop takes one more buffer for the frame in hand and returns its length.
+func (r *rxRing) pop() (int, frame.DropReason) {
+	if r.n == rxHeads {
+		r.giveBack()
+		return 0, frame.NoBuffer
+	}
+	c, status := r.q.Pop(virtq.Writable, r.segs[r.used:r.used:len(r.segs)])
+	switch status {
+	case virtq.OK:
+		r.heads[r.n] = lent{c.Head, c.Len}
+		r.n++
+		r.used += len(c.Segs)
+		return c.Len, frame.ReasonNone
+	case virtq.Bad:
+		r.heads[r.n] = lent{c.Head, 0}
+		r.n++
+		r.giveBack()
+		r.pair.dev.badChains[r.q.LastCause()].Add(1)
+		return 0, frame.BadDescriptor
+	case virtq.NoRoom:
+		// A single chain always fits, so these are many scattered ones.
+		r.giveBack()
+		return 0, frame.NoBuffer
+	case virtq.Broken:
+		r.rewind()
+		r.pair.dev.breakRing(r.ring, r.q.Err())
+		r.q = nil
+		return 0, frame.QueueStopped
+	}
+	r.rewind()
+	return 0, frame.NoBuffer
+}
+
+// rewind takes back all pops since the last frame.
+func (r *rxRing) rewind() {
+	if r.n > 0 {
+		r.q.Rewind(r.n)
+	}
+	r.n, r.used = 0, 0
+}
+
+// giveBack returns all pops since the last frame unused: buffers that cannot
+// be used as they are must not stay at the front of the ring (H063).
+func (r *rxRing) giveBack() {
+	for _, h := range r.heads[:r.n] {
+		r.q.Put(h.head, 0)
+	}
+	r.n, r.used, r.dirty = 0, 0, true
+}
+
+// fill copies header and frame, need bytes together, to the popped buffers
+// and puts these. Nothing is put before everything is copied.
+func (r *rxRing) fill(f *frame.Frame, need int) {
+	var hdr [frame.VnetHdrMrgLen]byte
+	f.Offload.Encode(hdr[:r.hdr])
+	if r.hdr == frame.VnetHdrMrgLen {
+		native.PutUint16(hdr[frame.VnetHdrLen:], uint16(r.n))
+	}
+	w := writer{segs: r.segs[:r.used]}
+	w.write(hdr[:r.hdr])
+	w.write(f.Head[:f.HeadLen])
+	for _, t := range f.Tail {
+		w.write(t)
+	}
+	for _, h := range r.heads[:r.n] {
+		n := min(h.len, need)
+		r.q.Put(h.head, uint32(n))
+		need -= n
+	}
+	r.n, r.used, r.dirty = 0, 0, true
+}
+
+// writer copies to a scatter list, whose end it silently stops at.
+type writer struct {
+	segs [][]byte
+	off  int
+}
+
+func (w *writer) write(b []byte) {
+	for len(b) > 0 && len(w.segs) > 0 {
+		n := copy(w.segs[0][w.off:], b)
+		b = b[n:]
+		if w.off += n; w.off == len(w.segs[0]) {
+			w.segs, w.off = w.segs[1:], 0
+		}
+	}
+}
+
+func (r *rxRing) drop(f *frame.Frame, reason frame.DropReason) {
+	f.Drop(reason)
+	r.pair.count.drop(reason)
+}
