@@ -21,8 +21,9 @@ import (
 type loopback struct {
 	features uint64
 	protocol uint64
-	refuse   uint32 // this request is answered with 1
-	deaf     bool   // never raise an interrupt
+	refuse   uint32       // this request is answered with 1
+	deaf     bool         // never raise an interrupt
+	rewrite  func([]byte) // changes a frame on its way, behind its header
 
 	mu      sync.Mutex // guards what follows and the rings' memory
 	conn    *net.UnixConn
@@ -263,6 +264,9 @@ func (b *loopback) deliver(rx *backRing, data []byte) {
 	hdr := frame.VnetHdrLen
 	if b.acked&(FeatVersion1|FeatMrgRxbuf) != 0 {
 		hdr = frame.VnetHdrMrgLen
+	}
+	if b.rewrite != nil {
+		b.rewrite(data[hdr:])
 	}
 	var chains []virtq.Chain
 	for room := 0; room < len(data); {

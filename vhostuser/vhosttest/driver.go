@@ -82,6 +82,21 @@ func (b *buffers) reset() {
 
 func (b *buffers) gpa(i uint16) uint64 { return b.at + uint64(int(i)*stride(b.size)) }
 
+// perChain is the most descriptors that post takes.
+func (b *buffers) perChain() int {
+	n := 1
+	if !b.write {
+		n = b.g.Options.Pieces
+	}
+	if b.g.headerAlone() {
+		n++
+	}
+	if b.g.Options.Indirect && b.g.Features&FeatIndirect != 0 {
+		n = 1
+	}
+	return n
+}
+
 // post stages buffer i with n bytes, header included.
 func (b *buffers) post(i uint16, n int) error {
 	g := b.g
