@@ -128,45 +128,6 @@ func (b *qemuArgs) machine(vm VM) {
 	b.arg("-smp", smp)
 }
 
-// buses makes the PCI buses that addresses name. A host bridge of its own (pxb-pcie) is the only way to fix a
-// bus's number: the numbers behind root ports are the firmware's to choose. A function other than 0 is found only if
-// function 0 of the slot answers, so a test device that no driver takes is put there if no interface is.
-func (b *qemuArgs) buses(order []Interface) error {
-	made := map[uint8]bool{0: true}
-	taken := map[PCIAddress]bool{}
-	for _, i := range order {
-		if i.PCIAddress != nil {
-			taken[*i.PCIAddress] = true
-		}
-	}
-	for _, i := range order {
-		a := i.PCIAddress
-		if a == nil {
-			continue
-		}
-		if a.Domain != 0 || a.Slot > 31 || a.Function > 7 {
-			return fmt.Errorf("interface %q: PCI address %s: no guest has it; use domain 0000 and a slot up to 1f", i.Name, a)
-		}
-		b.note("interface %s has a PCI address: the machine must be q35, and bus numbers above 00 must not be used by other bridges", i.Name)
-		if !made[a.Bus] {
-			made[a.Bus] = true
-			b.arg("-device", fmt.Sprintf("pxb-pcie,id=%s,bus=pcie.0,bus_nr=%d", busName(a.Bus), a.Bus))
-		}
-		if first := (PCIAddress{0, a.Bus, a.Slot, 0}); a.Function != 0 && !taken[first] {
-			taken[first] = true
-			b.arg("-device", fmt.Sprintf("pci-testdev,bus=%s,addr=%02x.0,multifunction=on", busName(a.Bus), a.Slot))
-		}
-	}
-	return nil
-}
-
-func busName(bus uint8) string {
-	if bus == 0 {
-		return "pcie.0"
-	}
-	return fmt.Sprintf("pxb-%02x", bus)
-}
-
 func (b *qemuArgs) add(i Interface) error {
 	path := i.SocketPath(b.o.SocketDir)
 	switch {
@@ -243,9 +204,7 @@ func (b *qemuArgs) device(i Interface) string {
 	}
 	if a := i.PCIAddress; a != nil {
 		add("bus=%s,addr=%02x.%x", busName(a.Bus), a.Slot, a.Function)
-		if a.Function == 0 {
-			add("multifunction=on")
-		}
+		add("multifunction=on")
 	}
 	return strings.Join(d, ",")
 }

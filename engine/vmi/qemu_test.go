@@ -1,0 +1,264 @@
+package vmi
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"sidewire/engine/enginetest"
+)
+
+func masqueradeVM() VM {
+	return VM{Name: "v", VCPUs: 1, Memory: 512 << 20, Interfaces: []Interface{
+		{VM: "v", Name: "red", Binding: Masquerade, Model: "virtio", QueuePairs: 1}}}
+}
+
+func TestQEMUArgs(t *testing.T) {
+	args, notes, err := QEMUArgs(masqueradeVM(), QEMUOptions{SocketDir: "/run/sidewire", Version: QEMUVersion{7, 2}})
+	require.NoError(t, err)
+	assert.Equal(t, []string{
+		"-m", "512M",
+		"-object", "memory-backend-memfd,id=mem,size=512M,share=on",
+		"-numa", "node,memdev=mem",
+		"-smp", "1",
+		"-chardev", "socket,id=char-red,path=/run/sidewire/v/red.sock,reconnect=1",
+		"-netdev", "vhost-user,id=net-red,chardev=char-red",
+		"-device", "virtio-net-pci,id=nic-red,netdev=net-red,vectors=0,mrg_rxbuf=on,rx_queue_size=1024,tx_queue_size=1024,disable-legacy=on,romfile=",
+	}, args)
+	assert.Equal(t, []string{"vectors=0: this QEMU crashes with MSI-X on vhost-user unless KVM is there; use QEMU 8 or later, or KVM"}, notes)
+}
+
+func TestQEMUArgsFull(t *testing.T) {
+	vm := VM{Name: "v", VCPUs: 4, Topology: CPU{2, 2, 1}, Memory: 1024e6, Hugepage: 2 << 20, Interfaces: []Interface{
+		{VM: "v", Name: "any", Model: "virtio", QueuePairs: 1},
+		{VM: "v", Name: "red", Model: "virtio", QueuePairs: 4, MAC: net.HardwareAddr{0xde, 0xad, 0, 0, 0xbe, 0xaf},
+			BootOrder: 1, ACPIIndex: 101, PCIAddress: &PCIAddress{0, 0x81, 0, 1}},
+	}}
+	args, notes, err := QEMUArgs(vm, QEMUOptions{SocketDir: "/a,b", Version: QEMUVersion{10, 0}, Packed: true,
+		MTU: func(i Interface) int { return map[string]int{"red": 1450}[i.Name] }})
+	require.NoError(t, err)
+	assert.Equal(t, []string{
+		"-m", "978M",
+		"-object", "memory-backend-memfd,id=mem,size=978M,share=on,hugetlb=on,hugetlbsize=2048K",
+		"-numa", "node,memdev=mem",
+		"-smp", "4,sockets=2,cores=2,threads=1",
+		"-device", "pcie-root-port,id=gap-81,chassis=16,bus-reserve=127,bus=pcie.0,addr=10.0",
+		"-device", "pcie-root-port,id=bus-81,chassis=17,bus=pcie.0,addr=11.0",
+		"-device", "pci-testdev,bus=bus-81,addr=00.0,multifunction=on",
+		"-chardev", "socket,id=char-red,path=/a,,b/v/red.sock,reconnect-ms=100",
+		"-netdev", "vhost-user,id=net-red,chardev=char-red,queues=4",
+		"-device", "virtio-net-pci,id=nic-red,netdev=net-red,mac=de:ad:00:00:be:af,mq=on,vectors=10,mrg_rxbuf=on,rx_queue_size=1024,tx_queue_size=1024,packed=on,host_mtu=1450,disable-legacy=off,bootindex=1,acpi-index=101,bus=bus-81,addr=00.1,multifunction=on",
+		"-chardev", "socket,id=char-any,path=/a,,b/v/any.sock,reconnect-ms=100",
+		"-netdev", "vhost-user,id=net-any,chardev=char-any",
+		"-device", "virtio-net-pci,id=nic-any,netdev=net-any,vectors=4,mrg_rxbuf=on,rx_queue_size=1024,tx_queue_size=1024,packed=on,disable-legacy=on,romfile=",
+	}, args)
+	assert.Equal(t, []string{"an interface has a PCI address: the machine must be q35, and its bus must not be taken by other bridges"}, notes)
+}
+
+func TestQEMUArgsRefused(t *testing.T) {
+	for _, c := range []struct {
+		change func(*Interface)
+		dir    string
+		want   string
+	}{
+		{func(i *Interface) { i.Model = "e1000" }, "/x", `interface "red": vhost-user carries virtio only, not model e1000`},
+		{func(i *Interface) {}, "/" + strings.Repeat("x", 100), `interface "red": socket path /` + strings.Repeat("x", 100) + `/v/red.sock is longer than 107 bytes; choose a shorter --socket-dir`},
+		{func(i *Interface) {}, "/x\ny", `interface "red": control character in the socket's path; choose another --socket-dir`},
+		{func(i *Interface) { i.PCIAddress = &PCIAddress{Domain: 1} }, "/x", `interface "red": PCI address 0001:00:00.0: no guest has it; use domain 0000 and a slot of 01 to 1f`},
+	} {
+		vm := masqueradeVM()
+		c.change(&vm.Interfaces[0])
+		_, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: c.dir})
+		assert.EqualError(t, err, c.want)
+	}
+}
+
+func TestQEMUVersion(t *testing.T) {
+	for out, want := range map[string]QEMUVersion{
+		"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright": {7, 2},
+		"QEMU emulator version 10.0.2 (qemu-10.0.2)":                                {10, 0},
+		"qemu-kvm version 9.1.0 (qemu-kvm-9.1.0-15.el9)":                            {9, 1},
+	} {
+		got, err := ParseQEMUVersion(out)
+		require.NoError(t, err)
+		assert.Equal(t, want, got)
+	}
+	_, err := ParseQEMUVersion("bash: qemu: not found\n")
+	assert.Error(t, err)
+	for v, connect := range map[QEMUVersion]string{{}: "reconnect=1", {9, 1}: "reconnect=1", {9, 2}: "reconnect-ms=100", {10, 0}: "reconnect-ms=100"} {
+		args, _, err := QEMUArgs(masqueradeVM(), QEMUOptions{SocketDir: "/x", Version: v})
+		require.NoError(t, err)
+		assert.Equal(t, "socket,id=char-red,path=/x/v/red.sock,"+connect, args[9], v)
+	}
+}
+
+// backend answers what a frontend asks before it goes on, and nothing more: 4 queue pairs, VERSION_1, MTU, MQ.
+func backend(c io.ReadWriter) {
+	const (
+		getFeatures, getProtocol, getQueueNum = 1, 15, 17
+		features                              = 1<<32 | 1<<30 | 1<<22 | 1<<15 | 1<<3
+		protocol                              = 1<<0 | 1<<3 // MQ, REPLY_ACK
+	)
+	var head [12]byte
+	for {
+		if _, err := io.ReadFull(c, head[:]); err != nil {
+			return
+		}
+		request, flags := binary.LittleEndian.Uint32(head[:]), binary.LittleEndian.Uint32(head[4:])
+		if _, err := io.CopyN(io.Discard, c, int64(binary.LittleEndian.Uint32(head[8:]))); err != nil {
+			return
+		}
+		reply, value := true, uint64(0)
+		switch request {
+		case getFeatures:
+			value = features
+		case getProtocol:
+			value = protocol
+		case getQueueNum:
+			value = 4
+		default:
+			reply = flags&8 != 0
+		}
+		if !reply {
+			continue
+		}
+		out := binary.LittleEndian.AppendUint32(nil, request)
+		out = binary.LittleEndian.AppendUint32(out, 1|4)
+		out = binary.LittleEndian.AppendUint32(out, 8)
+		if _, err := c.Write(binary.LittleEndian.AppendUint64(out, value)); err != nil {
+			return
+		}
+	}
+}
+
+// places puts the addresses of NICs into got, by identifier, those behind bridges too.
+func places(devices []pciDevice, got map[string]string) {
+	for _, d := range devices {
+		if strings.HasPrefix(d.ID, "nic-") {
+			got[d.ID] = fmt.Sprintf("%02x:%02x.%d", d.Bus, d.Slot, d.Function)
+		}
+		if d.Bridge != nil {
+			places(d.Bridge.Devices, got)
+		}
+	}
+}
+
+// pciDevice is what QMP's query-pci tells about a device.
+type pciDevice struct {
+	Bus, Slot, Function int
+	ID                  string                         `json:"qdev_id"`
+	Bridge              *struct{ Devices []pciDevice } `json:"pci_bridge"`
+}
+
+// TestQEMUTakesArgs gives the arguments to the QEMU of this machine, lets the firmware number the buses, and looks
+// where the NICs are.
+func TestQEMUTakesArgs(t *testing.T) {
+	enginetest.Need(t, "qemu")
+	const binaryName = "qemu-system-x86_64"
+	version, err := AskQEMUVersion(context.Background(), binaryName)
+	require.NoError(t, err)
+	dir, err := os.MkdirTemp("", "vmi")
+	require.NoError(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+
+	docs, err := Parse("v.yaml", []byte(`
+kind: VM
+metadata: {name: v}
+spec:
+  domain:
+    cpu: {cores: 2, sockets: 2}
+    memory: {guest: 100M}
+    devices:
+      networkInterfaceMultiqueue: true
+      interfaces:
+      - {name: any, bridge: {}, macAddress: 02:00:00:00:00:0a}
+      - {name: far, masquerade: {}, pciAddress: '0000:81:00.1', bootOrder: 1, acpiIndex: 101}
+      - {name: near, bridge: {}, pciAddress: '0000:01:00.0'}
+      - {name: next, bridge: {}, pciAddress: '0000:82:00.0'}
+      - {name: slot, bridge: {}, pciAddress: '0000:05:02.0'}
+      - {name: root, bridge: {}, pciAddress: '0000:00:07.0'}
+  networks:
+  - {name: any, multus: {networkName: x}}
+  - {name: far, pod: {}}
+  - {name: near, multus: {networkName: x}}
+  - {name: next, multus: {networkName: x}}
+  - {name: slot, multus: {networkName: x}}
+  - {name: root, multus: {networkName: x}}
+`))
+	require.NoError(t, err)
+	require.Empty(t, Validate(docs, Options{}))
+	vm := Plan(docs)[0]
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "v"), 0o700))
+	for _, i := range vm.Interfaces {
+		l, err := net.Listen("unix", i.SocketPath(dir))
+		require.NoError(t, err)
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() { defer c.Close(); backend(c) }()
+			}
+		}()
+	}
+	args, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: dir, Version: version, MTU: func(Interface) int { return 1450 }})
+	require.NoError(t, err)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, binaryName, append([]string{"-machine", "q35,accel=tcg", "-nodefaults", "-display", "none", "-qmp", "stdio"}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	out, err := cmd.StdoutPipe()
+	require.NoError(t, err)
+	require.NoError(t, cmd.Start())
+	t.Cleanup(func() { cancel(); _ = cmd.Wait() })
+
+	want := map[string]string{"nic-far": "81:00.1", "nic-near": "01:00.0", "nic-next": "82:00.0", "nic-slot": "05:02.0", "nic-root": "00:07.0"}
+	got := map[string]string{}
+	replies := bufio.NewScanner(out)
+	replies.Buffer(nil, 1<<20)
+	ask := func(command string) json.RawMessage {
+		fmt.Fprintf(in, `{"execute": %q}`+"\n", command)
+		for replies.Scan() {
+			var r struct{ Return, Error json.RawMessage }
+			if json.Unmarshal(replies.Bytes(), &r) == nil && (r.Return != nil || r.Error != nil) {
+				return r.Return
+			}
+		}
+		require.Fail(t, "QEMU went away", "%s", stderr.String())
+		return nil
+	}
+	ask("qmp_capabilities")
+	enginetest.Eventually(t, 40*time.Second, func() bool {
+		var buses []struct{ Devices []pciDevice }
+		require.NoError(t, json.Unmarshal(ask("query-pci"), &buses))
+		clear(got)
+		for _, bus := range buses {
+			places(bus.Devices, got)
+		}
+		// The firmware gives every bus behind a bridge a number above 0.
+		return len(got) == len(vm.Interfaces) && !strings.HasPrefix(got["nic-near"], "00:") && !strings.HasPrefix(got["nic-next"], "00:")
+	})
+	assert.Contains(t, got["nic-any"], "00:", "a NIC without an address is on the root bus")
+	delete(got, "nic-any")
+	assert.Equal(t, want, got)
+	assert.Empty(t, stderr.String())
+}
