@@ -1,0 +1,59 @@
+package uplink
+
+import (
+	"fmt"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// threadNS is the network namespace of the calling thread.
+const threadNS = "/proc/thread-self/ns/net"
+
+// InNetNS runs f on this goroutine with the network namespace at path, such as
+// /run/netns/pod or /proc/1234/ns/net. An empty path is the current one. What
+// f opens (sockets, taps, files below /proc/sys/net) belongs to that
+// namespace for good; goroutines that f starts do not run in it.
+func InNetNS(path string, f func() error) error {
+	if path == "" {
+		return f()
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("network namespace %s: %w", path, err)
+	}
+	defer unix.Close(fd)
+	return inNS(fd, f)
+}
+
+// inNS is InNetNS for an open descriptor.
+func inNS(fd int, f func() error) error {
+	runtime.LockOSThread()
+	old, err := unix.Open(threadNS, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("current network namespace: %w", err)
+	}
+	defer unix.Close(old)
+	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter network namespace: %w", privilege(err, "CAP_SYS_ADMIN"))
+	}
+	defer func() {
+		// A thread that cannot go back must not serve others: left locked, it
+		// ends with its goroutine.
+		if unix.Setns(old, unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+	return f()
+}
+
+// openNS returns a descriptor of the current namespace.
+func openNS() (int, error) {
+	fd, err := unix.Open(threadNS, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("current network namespace: %w", err)
+	}
+	return fd, nil
+}

@@ -1,0 +1,340 @@
+package uplink
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+// The rule set, all of it in two tables named after the link.
+//
+// Goal: of the frames for the pod's address, those of the guest leave the
+// stack for the sink, where the kernel neither answers nor resets them; those
+// of the pod's own flows stay, also when everything is published. Whose a
+// frame is must be known before it arrives, so the egress chain notes each
+// flow that the kernel starts in sets that the ingress chain looks up. Frames
+// of the engine's own pass egress unseen: they carry Mark.
+//
+// A flow of the pod is forgotten when it was silent for as long as RFC 5382
+// and RFC 4787 ask a NAT to remember one, sooner when TCP ended it. A RST of
+// the kernel's own starts no flow.
+//
+// Fragments carry ports only in the first, which is classified like any other
+// packet and notes where the rest goes. A fragment that is ahead of its first
+// goes both ways; so do ICMP errors, because only the two flow tables know
+// whose packet is quoted. Neither side minds what is not its own.
+//
+// Limits: IPv4 over untagged unicast frames; everything else stays with the
+// pod.
+const (
+	tcpIdle   = 7440 * time.Second // RFC 5382, REQ-5: 2 h 4 min
+	tcpBrief  = 240 * time.Second  // opening and closing
+	udpIdle   = 300 * time.Second  // RFC 4787, REQ-5
+	echoIdle  = 60 * time.Second   // RFC 5508, REQ-2
+	otherIdle = 300 * time.Second
+	fragIdle  = 30 * time.Second
+)
+
+// Offsets of fields.
+const (
+	offID, offFrag, offProto, offSrc, offDst = 4, 6, 9, 12, 16
+
+	tcpFlags           = 13
+	fin, syn, rst, ack = 1, 2, 4, 16
+)
+
+const (
+	echoReply, unreachable, redirect, echoRequest, timeExceeded, badParameter = 0, 3, 5, 8, 11, 12
+)
+
+// savedChain holds, as comments of rules, what must be put back.
+const savedChain = "saved"
+
+func tableName(link string) string { return "sidewire-" + link }
+
+func (p *Pod) netdevTable() *nftables.Table {
+	return &nftables.Table{Name: tableName(p.c.Link), Family: nftables.TableFamilyNetdev}
+}
+
+func (p *Pod) ipTable() *nftables.Table {
+	return &nftables.Table{Name: tableName(p.c.Link), Family: nftables.TableFamilyIPv4}
+}
+
+var (
+	chainsNetdev = []string{"ingress", "egress", "seen", "seentcp", "transport", "candidate", "icmp", "fragment", "pod", "guest"}
+	chainsIP     = []string{"unmarked", "output", "postrouting"}
+
+	typeFlow  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeInetService)
+	typePair  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	typeProto = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto)
+	typeFrag  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+	typePort  = nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+)
+
+// makeTables makes tables, chains and sets where they are not there yet.
+// Chains without rules change nothing.
+func (p *Pod) makeTables() error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	dev := c.AddTable(p.netdevTable())
+	hook := func(name string, h *nftables.ChainHook) {
+		c.AddChain(&nftables.Chain{
+			Name: name, Table: dev, Type: nftables.ChainTypeFilter, Hooknum: h,
+			Priority: nftables.ChainPriorityRef(0), Device: p.c.Link,
+		})
+	}
+	hook("ingress", nftables.ChainHookIngress)
+	hook("egress", nftables.ChainHookEgress)
+	for _, name := range append([]string{savedChain}, chainsNetdev[2:]...) {
+		c.AddChain(&nftables.Chain{Name: name, Table: dev})
+	}
+	err = nil
+	flows := func(name string, key nftables.SetDatatype, size uint32) {
+		err = errors.Join(err, c.AddSet(&nftables.Set{
+			Table: dev, Name: name, KeyType: key, Concatenation: true, Dynamic: true, HasTimeout: true, Size: size,
+		}, nil))
+	}
+	flows("flows", typeFlow, 65536)
+	flows("opening", typeFlow, 65536)
+	flows("closing", typeFlow, 65536)
+	flows("echoes", typePair, 4096)
+	flows("others", typeProto, 4096)
+	flows("podfrags", typeFrag, 4096)
+	flows("guestfrags", typeFrag, 4096)
+
+	ip := c.AddTable(p.ipTable())
+	base := func(name string, t nftables.ChainType, h *nftables.ChainHook, prio *nftables.ChainPriority) {
+		c.AddChain(&nftables.Chain{Name: name, Table: ip, Type: t, Hooknum: h, Priority: prio})
+	}
+	base("unmarked", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw)
+	base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
+	base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
+	for _, t := range []*nftables.Table{dev, ip} {
+		err = errors.Join(err, c.AddSet(p.portSet(t), nil))
+	}
+	if err != nil {
+		return fmt.Errorf("nftables sets: %w", err)
+	}
+	if err := c.Flush(); err != nil {
+		return nftError(err)
+	}
+	return p.fillPorts()
+}
+
+// nftError says what a refused transaction may want.
+func nftError(err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return privilege(err, "CAP_NET_ADMIN")
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("%w: nftables with netdev ingress and egress hooks, fwd, dup, sets and nat "+
+			"(Linux 5.16, modules nf_tables nft_fwd_netdev nft_dup_netdev nft_nat): %w", ErrKernel, err)
+	}
+	return fmt.Errorf("nftables: %w", err)
+}
+
+func (p *Pod) portSet(t *nftables.Table) *nftables.Set {
+	return &nftables.Set{Table: t, Name: "ports", KeyType: typePort, Concatenation: true}
+}
+
+// fillPorts makes the port sets hold exactly the published ports, at once.
+func (p *Pod) fillPorts() error {
+	// A message's attribute holds less than 64 KiB.
+	const chunk = 500
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	for _, t := range []*nftables.Table{p.netdevTable(), p.ipTable()} {
+		s := p.portSet(t)
+		c.FlushSet(s)
+		var elems []nftables.SetElement
+		for port := range p.ports {
+			key := binary.BigEndian.AppendUint16([]byte{port.Proto, 0, 0, 0}, port.Port)
+			elems = append(elems, nftables.SetElement{Key: append(key, 0, 0)})
+		}
+		for len(elems) > 0 {
+			n := min(len(elems), chunk)
+			if err := c.SetAddElements(s, elems[:n]); err != nil {
+				return fmt.Errorf("nftables ports: %w", err)
+			}
+			elems = elems[n:]
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return nftError(err)
+	}
+	return nil
+}
+
+// setRules replaces all rules, in one transaction for each table.
+func (p *Pod) setRules() error {
+	dev := &rules{family: nftables.TableFamilyNetdev, table: tableName(p.c.Link)}
+	for _, c := range chainsNetdev {
+		dev.flush(c)
+	}
+	p.ingressRules(dev)
+	p.icmpRules(dev)
+	p.fragmentRules(dev)
+	p.egressRules(dev)
+	ip := &rules{family: nftables.TableFamilyIPv4, table: tableName(p.c.Link)}
+	for _, c := range chainsIP {
+		ip.flush(c)
+	}
+	p.loopbackRules(ip)
+	for _, r := range []*rules{dev, ip} {
+		if err := r.commit(); err != nil {
+			return nftError(err)
+		}
+	}
+	return nil
+}
+
+// protocol loads the IP protocol and compares it.
+func protocol(proto byte) any { return []any{ipField(offProto, 1, reg1), is(proto)} }
+
+// flowKey is the key of a flow, seen from the pod.
+func flowKey(peer, ownPort, peerPort uint32) any {
+	return []any{ipField(peer, 4, reg1), ipField(offProto, 1, reg2), thField(ownPort, 2, reg3), thField(peerPort, 2, reg4)}
+}
+
+// portKey is protocol and port at an offset of the transport header.
+func portKey(off uint32) any { return []any{ipField(offProto, 1, reg1), thField(off, 2, reg2)} }
+
+// inNAT matches a port of the range that the guest's flows go out from.
+func (p *Pod) inNAT(off uint32) any {
+	return []any{thField(off, 2, reg1), cmp(expr.CmpOpGte, be16(p.c.NAT.Lo)...), cmp(expr.CmpOpLte, be16(p.c.NAT.Hi)...)}
+}
+
+func (p *Pod) ingressRules(r *rules) {
+	pod := p.c.Pod.AsSlice()
+	// A VLAN tag that the NIC took out shows in the link header again.
+	r.add("ingress", load(expr.PayloadBaseLLHeader, 12, 2, reg1), isNot(be16(frame.TypeIPv4)...), accept())
+	r.add("ingress", &expr.Meta{Key: expr.MetaKeyPKTTYPE, Register: reg1}, isNot(unix.PACKET_HOST), accept())
+	r.add("ingress", ipField(offDst, 4, reg1), isNot(pod...), accept())
+	r.add("ingress", ipBits(offFrag, 0x1fff), isNot(0, 0), jump("fragment"))
+	r.add("ingress", protocol(frame.ProtoICMP), jump("icmp"))
+	r.add("ingress", protocol(frame.ProtoTCP), jump("transport"))
+	r.add("ingress", protocol(frame.ProtoUDP), jump("transport"))
+	if p.all() {
+		r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("others"), jump("pod"))
+		r.add("ingress", jump("guest"))
+		r.add("transport", jump("candidate"))
+	} else {
+		r.add("transport", p.inNAT(2), jump("candidate"))
+		r.add("transport", portKey(2), inSet("ports"), jump("candidate"))
+		r.add("transport", jump("pod"))
+	}
+	for _, set := range []string{"flows", "opening", "closing"} {
+		r.add("candidate", flowKey(offSrc, 2, 0), inSet(set), jump("pod"))
+	}
+	r.add("candidate", jump("guest"))
+}
+
+func (p *Pod) icmpRules(r *rules) {
+	icmp := func(typ byte) any { return []any{thField(0, 1, reg1), is(typ)} }
+	for _, t := range []byte{unreachable, timeExceeded, badParameter} {
+		r.add("icmp", icmp(t), dup(p.index), jump("pod"))
+	}
+	r.add("icmp", icmp(redirect), jump("pod"))
+	r.add("icmp", icmp(echoReply), ipField(offSrc, 4, reg1), thField(4, 2, reg2), inSet("echoes"), jump("pod"))
+	r.add("icmp", icmp(echoReply), jump("guest"))
+	if p.all() {
+		r.add("icmp", jump("guest"))
+	} else {
+		r.add("icmp", jump("pod"))
+	}
+}
+
+// fragKey names the packet that a fragment belongs to (RFC 791).
+func fragKey() any {
+	return []any{ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), ipField(offID, 2, reg3)}
+}
+
+func (p *Pod) fragmentRules(r *rules) {
+	r.add("fragment", fragKey(), inSet("podfrags"), accept())
+	r.add("fragment", fragKey(), inSet("guestfrags"), fwd(p.index))
+	r.add("fragment", dup(p.index), accept())
+
+	first := ipBits(offFrag, frame.MoreFragments|0x1fff)
+	r.add("pod", first, is(be16(frame.MoreFragments)...), fragKey(), update("podfrags", fragIdle))
+	r.add("pod", accept())
+	r.add("guest", first, is(be16(frame.MoreFragments)...), fragKey(), update("guestfrags", fragIdle))
+	r.add("guest", fwd(p.index))
+}
+
+func (p *Pod) egressRules(r *rules) {
+	r.add("egress", markIs(Mark), accept())
+	r.add("egress", &expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1}, isNot(be16(frame.TypeIPv4)...), accept())
+	r.add("egress", ipField(offSrc, 4, reg1), isNot(p.c.Pod.AsSlice()...), accept())
+	r.add("egress", ipBits(offFrag, 0x1fff), isNot(0, 0), accept())
+	r.add("egress", protocol(frame.ProtoICMP), thField(0, 1, reg1), is(echoRequest),
+		ipField(offDst, 4, reg1), thField(4, 2, reg2), update("echoes", echoIdle))
+	r.add("egress", protocol(frame.ProtoICMP), accept())
+	if p.all() {
+		r.add("egress", jump("seen"))
+	} else {
+		// Other flows stay with the pod anyway.
+		r.add("egress", p.inNAT(0), jump("seen"))
+		r.add("egress", portKey(0), inSet("ports"), jump("seen"))
+	}
+	out := flowKey(offDst, 0, 2)
+	r.add("seen", protocol(frame.ProtoTCP), jump("seentcp"))
+	r.add("seen", protocol(frame.ProtoUDP), out, update("flows", udpIdle), accept())
+	r.add("seen", ipField(offDst, 4, reg1), ipField(offProto, 1, reg2), update("others", otherIdle))
+
+	flags := func(mask, want byte) any {
+		return []any{thField(tcpFlags, 1, reg1), &expr.Bitwise{
+			SourceRegister: reg1, DestRegister: reg1, Len: 1, Mask: []byte{mask}, Xor: []byte{0},
+		}, is(want)}
+	}
+	r.add("seentcp", flags(rst, rst), out, inSet("flows"), update("closing", tcpBrief), remove("flows"), accept())
+	r.add("seentcp", flags(rst, rst), accept())
+	r.add("seentcp", flags(syn|ack, syn), out, remove("flows"), remove("closing"), update("opening", tcpBrief), accept())
+	r.add("seentcp", flags(fin, fin), out, remove("flows"), update("closing", tcpBrief), accept())
+	r.add("seentcp", out, inSet("closing"), update("closing", tcpBrief), accept())
+	r.add("seentcp", out, update("flows", tcpIdle))
+}
+
+// loopbackRules are those of KubeVirt for connections from inside the pod.
+func (p *Pod) loopbackRules(r *rules) {
+	r.add("unmarked", markIs(Mark), &expr.Notrack{})
+	var listed any = []any{}
+	if !p.all() {
+		listed = []any{portKey(2), inSet("ports")}
+	}
+	loopback := []byte{127, 0, 0, 1}
+	nat := func(t expr.NATType, to []byte) any {
+		return []any{&expr.Immediate{Register: reg1, Data: to}, &expr.NAT{Type: t, Family: unix.NFPROTO_IPV4, RegAddrMin: reg1}}
+	}
+	r.add("output", ipField(offDst, 4, reg1), is(loopback...), listed, nat(expr.NATTypeDestNAT, p.c.Guest.AsSlice()))
+	tap := make([]byte, unix.IFNAMSIZ)
+	copy(tap, p.tap.Name())
+	r.add("postrouting", &expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, is(tap...),
+		ipField(offSrc, 4, reg1), is(loopback...), listed, nat(expr.NATTypeSourceNAT, p.c.Gateway.Addr().AsSlice()))
+}
+
+// deleteTables removes both tables if they are there.
+func deleteTables(link string) error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	for _, fam := range []nftables.TableFamily{nftables.TableFamilyNetdev, nftables.TableFamilyIPv4} {
+		// Deleting what does not exist is an error, adding what exists is not.
+		c.DelTable(c.AddTable(&nftables.Table{Name: tableName(link), Family: fam}))
+	}
+	if err := c.Flush(); err != nil {
+		return nftError(err)
+	}
+	return nil
+}

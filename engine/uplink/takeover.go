@@ -1,0 +1,336 @@
+package uplink
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net/netip"
+	"slices"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+// Mark is on what the engine sends by way of the kernel's own paths, so that
+// it is not taken for a flow of the pod. Set it as Config.Mark too.
+const Mark = 0x51de0001
+
+// GatewayMAC is the gateway's hardware address in every pod, so that a guest's
+// ARP entry survives migration.
+var GatewayMAC = frame.MAC{2}
+
+// Port is a published port of the guest.
+type Port struct {
+	Proto uint8 // frame.ProtoTCP or frame.ProtoUDP
+	Port  uint16
+}
+
+// PortRange is the ports from Lo to Hi, both included.
+type PortRange struct{ Lo, Hi uint16 }
+
+// DefaultNAT is the range that external ports of the guest's flows come from.
+// What is below it, from 32768 on, is the pod kernel's.
+var DefaultNAT = PortRange{40000, 65535}
+
+// TakeoverConfig says who lives behind the address of a pod.
+type TakeoverConfig struct {
+	Link string // the pod's interface, such as eth0
+	// Pod is the address that is shared; the zero value is the link's first.
+	Pod netip.Addr
+	// Guest is the guest's address, Gateway the one that it sees the pod as,
+	// with the prefix that both are in.
+	Guest   netip.Addr
+	Gateway netip.Prefix
+	// Ports are those published. None means everything that is not the pod's
+	// own business.
+	Ports []Port
+	// NAT is the range of external ports; the zero value is DefaultNAT.
+	NAT     PortRange
+	Workers int // how many workers push to the tap
+}
+
+// Pod is a network namespace that was taken over for a guest: the guest's
+// frames leave the kernel's stack for the sink, everything else stays. All
+// methods are safe for concurrent use and may be called from any namespace.
+type Pod struct {
+	// Warnings are what could not be done, with what that means.
+	Warnings []string
+
+	c     TakeoverConfig
+	ns    int // descriptor of the namespace
+	sink  int // descriptor that keeps the sink
+	index int // the sink's
+	tap   *Tap
+	mtu   int
+
+	mu    sync.Mutex    // guards ports and the rules in the kernel
+	ports map[Port]bool // nil: everything
+}
+
+// Takeover prepares the current network namespace. It needs CAP_NET_ADMIN. If
+// a run before this one crashed, what it left is taken up without a gap.
+func Takeover(c TakeoverConfig) (p *Pod, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("take over %s: %w", c.Link, err)
+			if p != nil {
+				err = errors.Join(err, p.Restore())
+			}
+			p = nil
+		}
+	}()
+	l, err := link(c.Link)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.complete(l); err != nil {
+		return nil, err
+	}
+	// The sink is made first: its name is the lock against another sidewire.
+	sink, _, err := newTap(sinkName(c.Link))
+	if err != nil {
+		return nil, fmt.Errorf("sink: %w", err)
+	}
+	p = &Pod{c: c, ns: -1, sink: sink, mtu: l.Attrs().MTU}
+	if len(c.Ports) > 0 {
+		p.ports = portSetOf(c.Ports)
+	}
+	if p.ns, err = openNS(); err != nil {
+		return p, err
+	}
+	if err := p.setupSink(); err != nil {
+		return p, err
+	}
+	p.tap, err = OpenTap(TapConfig{
+		Name: TapName(c.Link), MAC: GatewayMAC, Addr: c.Gateway, MTU: p.mtu, Workers: c.Workers,
+	})
+	if err != nil {
+		return p, err
+	}
+	return p, p.install()
+}
+
+// complete fills in defaults and refuses what cannot be.
+func (c *TakeoverConfig) complete(l netlink.Link) error {
+	if c.NAT == (PortRange{}) {
+		c.NAT = DefaultNAT
+	}
+	switch {
+	case c.NAT.Lo == 0 || c.NAT.Lo > c.NAT.Hi:
+		return fmt.Errorf("port range %d-%d is empty", c.NAT.Lo, c.NAT.Hi)
+	case !c.Guest.Is4() || !c.Gateway.Addr().Is4() || !c.Gateway.Contains(c.Guest) || c.Gateway.Addr() == c.Guest:
+		return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", c.Guest, c.Gateway)
+	}
+	if err := checkPorts(c.Ports); err != nil {
+		return err
+	}
+	if c.Pod.IsValid() {
+		return nil
+	}
+	addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("addresses: %w", err)
+	}
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip.IsGlobalUnicast() {
+			c.Pod = ip
+			return nil
+		}
+	}
+	return fmt.Errorf("link %s has no IPv4 address", c.Link)
+}
+
+func (p *Pod) setupSink() error {
+	if err := attachTapFilter(p.sink, dropAll); err != nil {
+		return err
+	}
+	l, err := netlink.LinkByName(p.Sink())
+	if err != nil {
+		return fmt.Errorf("sink: %w", err)
+	}
+	p.index = l.Attrs().Index
+	if err := netlink.LinkSetARPOff(l); err != nil {
+		return fmt.Errorf("sink: %w", err)
+	}
+	if err := quiet(l, p.mtu, false); err != nil {
+		return fmt.Errorf("sink: %w", err)
+	}
+	return nil
+}
+
+// install makes the tables and reserves the ports.
+func (p *Pod) install() error {
+	if err := p.makeTables(); err != nil {
+		// What an older version left may be of another shape.
+		if cerr := cleanup(p.c.Link); cerr != nil {
+			return errors.Join(err, cerr)
+		}
+		if err := p.makeTables(); err != nil {
+			return err
+		}
+	}
+	if err := p.reserve(); err != nil {
+		return err
+	}
+	return p.setRules()
+}
+
+// Sink is the name of the link on which the guest's frames arrive, for
+// Config.Sink.
+func (p *Pod) Sink() string { return sinkName(p.c.Link) }
+
+// Tap is the port to the pod's own processes.
+func (p *Pod) Tap() *Tap { return p.tap }
+
+// Addr is the pod's address, which the guest shares.
+func (p *Pod) Addr() netip.Addr { return p.c.Pod }
+
+// NAT is the range of external ports that the pod's kernel keeps out of.
+func (p *Pod) NAT() PortRange { return p.c.NAT }
+
+// MTU is that of the pod's interface, in bytes.
+func (p *Pod) MTU() int { return p.mtu }
+
+// Ports are the published ports in order; nil means everything.
+func (p *Pod) Ports() []Port {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.all() {
+		return nil
+	}
+	return p.list()
+}
+
+func (p *Pod) list() []Port {
+	out := make([]Port, 0, len(p.ports)+1)
+	for port := range p.ports {
+		out = append(out, port)
+	}
+	slices.SortFunc(out, func(a, b Port) int {
+		return (int(a.Proto)<<16 | int(a.Port)) - (int(b.Proto)<<16 | int(b.Port))
+	})
+	return out
+}
+
+// AddPort publishes a port. Where everything is published it does nothing.
+func (p *Pod) AddPort(port Port) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.all() || p.ports[port] {
+		return nil
+	}
+	return p.publish(append(p.list(), port))
+}
+
+// RemovePort takes back a published port. Without the last one nothing is
+// published.
+func (p *Pod) RemovePort(port Port) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.all() || !p.ports[port] {
+		return fmt.Errorf("port %d of protocol %d is not in the list", port.Port, port.Proto)
+	}
+	return p.publish(slices.DeleteFunc(p.list(), func(q Port) bool { return q == port }))
+}
+
+// SetPorts publishes exactly these ports; nil publishes everything, an empty
+// list nothing.
+func (p *Pod) SetPorts(ports []Port) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.publish(ports)
+}
+
+func (p *Pod) publish(ports []Port) error {
+	if err := checkPorts(ports); err != nil {
+		return err
+	}
+	old := p.ports
+	p.ports = portSetOf(ports)
+	err := inNS(p.ns, func() error {
+		if err := p.fillPorts(); err != nil {
+			return err
+		}
+		if (old == nil) == p.all() {
+			return nil
+		}
+		return p.setRules()
+	})
+	if err != nil {
+		p.ports = old
+		return fmt.Errorf("publish ports: %w", err)
+	}
+	return nil
+}
+
+func checkPorts(ports []Port) error {
+	for _, p := range ports {
+		if p.Proto != frame.ProtoTCP && p.Proto != frame.ProtoUDP || p.Port == 0 {
+			return fmt.Errorf("port %d of protocol %d cannot be published", p.Port, p.Proto)
+		}
+	}
+	return nil
+}
+
+// portSetOf keeps the difference between a nil and an empty list.
+func portSetOf(ports []Port) map[Port]bool {
+	if ports == nil {
+		return nil
+	}
+	set := map[Port]bool{}
+	for _, p := range ports {
+		set[p] = true
+	}
+	return set
+}
+
+// all says whether everything is published.
+func (p *Pod) all() bool { return p.ports == nil }
+
+// Restore puts back everything that Takeover changed. No worker may use the
+// tap any more.
+func (p *Pod) Restore() error {
+	var errs []error
+	if p.ns >= 0 {
+		errs = append(errs, inNS(p.ns, func() error { return cleanup(p.c.Link) }), unix.Close(p.ns))
+		p.ns = -1
+	}
+	if p.tap != nil {
+		errs = append(errs, p.tap.Close())
+		p.tap = nil
+	}
+	if p.sink >= 0 {
+		errs = append(errs, unix.Close(p.sink))
+		p.sink = -1
+	}
+	return errors.Join(errs...)
+}
+
+// Cleanup removes from the current namespace what a crashed run left for a
+// link. It returns ErrInUse if the run is alive.
+func Cleanup(link string) error {
+	if _, err := netlink.LinkByName(sinkName(link)); err == nil {
+		return fmt.Errorf("clean up %s: %w", link, ErrInUse)
+	}
+	if err := cleanup(link); err != nil {
+		return fmt.Errorf("clean up %s: %w", link, err)
+	}
+	return nil
+}
+
+// TapName and sinkName are the names of our links beside a link.
+func TapName(link string) string { return beside("sw-", link) }
+
+func sinkName(link string) string { return beside("swin-", link) }
+
+func beside(prefix, link string) string {
+	if n := prefix + link; len(n) < unix.IFNAMSIZ {
+		return n
+	}
+	h := fnv.New32a()
+	h.Write([]byte(link))
+	return fmt.Sprintf("%s%08x", prefix, h.Sum32())
+}

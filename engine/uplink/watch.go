@@ -1,0 +1,154 @@
+package uplink
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+// listen follows what the kernel tells until Close.
+func (r *Router) listen() {
+	defer close(r.done)
+	for {
+		msgs, _, err := r.sub.Receive()
+		switch {
+		case err == nil:
+			r.handle(msgs)
+		case errors.Is(err, unix.ENOBUFS):
+			// Something was lost, nobody knows what.
+			r.reload()
+		case errors.Is(err, os.ErrClosed), errors.Is(err, unix.EBADF):
+			return
+		case errors.Is(err, unix.EINTR):
+		default:
+			return // without news, hops stay as they are
+		}
+	}
+}
+
+func (r *Router) handle(msgs []syscall.NetlinkMessage) {
+	routes, links, addrs := false, false, false
+	for _, m := range msgs {
+		switch m.Header.Type {
+		case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+			if n, err := netlink.NeighDeserialize(m.Data); err == nil {
+				r.neighbour(n, m.Header.Type == unix.RTM_NEWNEIGH)
+			}
+		case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+			links = true
+		case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+			addrs, routes = true, true
+		default:
+			routes = true
+		}
+	}
+	if addrs {
+		_ = r.loadAddrs() // the last good set stays
+	}
+	if links {
+		_ = r.loadLink() // a link that is gone is down
+	}
+	if routes {
+		r.retire()
+	}
+}
+
+func (r *Router) reload() {
+	_ = r.loadAddrs()
+	_ = r.loadLink()
+	r.retire()
+}
+
+// neighbour takes in what became of a neighbour.
+func (r *Router) neighbour(n *netlink.Neigh, there bool) {
+	ip, ok := addr4(n.IP)
+	if !ok || n.LinkIndex != r.index || n.Family != unix.AF_INET {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	e := r.hops[ip]
+	if e == nil || e.hop.Retired() || r.noARP {
+		return
+	}
+	if !there || !usable(n.State) {
+		e.hop.Invalidate()
+		return
+	}
+	used := e.hop.Used()
+	if n.State&netlink.NUD_STALE == 0 {
+		setHop(e.hop, n.HardwareAddr)
+		return
+	}
+	if used == e.probed {
+		e.hop.Retire()
+		delete(r.hops, ip)
+		return
+	}
+	setHop(e.hop, n.HardwareAddr)
+	e.probed = used
+	r.probe(ip)
+}
+
+// retire makes all flows ask for their routes again.
+func (r *Router) retire() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.retireLocked()
+}
+
+func (r *Router) retireLocked() {
+	for _, e := range r.hops {
+		e.hop.Retire()
+	}
+	clear(r.hops)
+	clear(r.dsts)
+}
+
+// loadLink looks at the link again. A change of it changes every hop.
+func (r *Router) loadLink() error {
+	l, err := r.h.LinkByIndex(r.index)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		r.up = false
+		r.retireLocked()
+		return fmt.Errorf("link: %w", err)
+	}
+	a := l.Attrs()
+	mac, mtu, up, noARP := macOf(l), a.MTU, a.RawFlags&unix.IFF_UP != 0, a.RawFlags&unix.IFF_NOARP != 0
+	if mac == r.mac && mtu == r.mtu && up == r.up && noARP == r.noARP {
+		return nil
+	}
+	r.mac, r.mtu, r.up, r.noARP = mac, mtu, up, noARP
+	r.retireLocked()
+	return nil
+}
+
+func (r *Router) loadAddrs() error {
+	addrs, err := r.h.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("addresses: %w", err)
+	}
+	var ips []uint32
+	for _, a := range addrs {
+		if ip, ok := addr4(a.IP); ok && ip>>24 != 127 {
+			ips = append(ips, ip)
+		}
+	}
+	r.local.Store(newAddrSet(ips))
+	return nil
+}
+
+// MAC is the link's present hardware address.
+func (r *Router) MAC() frame.MAC {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mac
+}
