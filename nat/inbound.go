@@ -1,0 +1,200 @@
+package nat
+
+import (
+	"sidewire/engine/frame"
+)
+
+// Inbound is the stage for what the uplink receives.
+type Inbound struct{ m *Masquerade }
+
+// Inbound returns the stage for what the uplink receives.
+func (m *Masquerade) Inbound() *Inbound { return &Inbound{m} }
+
+// Process gives every frame of the batch that has no verdict yet one.
+func (in *Inbound) Process(b *frame.Batch) {
+	r := run{side: outside}
+	ext := in.m.external.Load()
+	for i, n := 0, b.Len(); i < n; i++ { // replies are appended behind n
+		f := b.Frame(i)
+		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
+			continue
+		}
+		in.frame(b, f, &r, ext)
+	}
+	r.flush()
+}
+
+func (in *Inbound) frame(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
+	if int(f.HeadLen) < frame.EthernetLen {
+		f.Drop(frame.ShortFrame)
+		return
+	}
+	if f.EtherType() != frame.TypeIPv4 {
+		f.Drop(frame.NotCarried)
+		return
+	}
+	if reason := f.ParseIPv4(); reason != frame.ReasonNone {
+		f.Drop(reason)
+		return
+	}
+	if f.DstIP4() != ext {
+		f.Drop(frame.NotCarried)
+		return
+	}
+	if !offloadFits(f) {
+		f.Drop(frame.BadOffload)
+		return
+	}
+	if f.TTL() == 0 {
+		f.Drop(frame.TTLExpired)
+		return
+	}
+	in.ip(b, f, r)
+}
+
+func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
+	m := in.m
+	field := portDst
+	u := tuple{remote: f.SrcIP4(), proto: f.Proto}
+	switch {
+	case f.Frag && hasPorts(f.Proto):
+		in.fragment(b, f)
+		return
+	case f.Proto == frame.ProtoTCP, f.Proto == frame.ProtoUDP:
+		u.external, u.remotePort = f.DstPort(), f.SrcPort()
+		if u.external == 0 || u.remotePort == 0 {
+			f.Drop(frame.BadTransport) // H087
+			return
+		}
+	case f.Proto == frame.ProtoICMP:
+		field = queryID
+		if isError(f) {
+			in.icmpError(f)
+			return
+		}
+		var ok bool
+		if u.external, u.remotePort, ok = query(f, outside); !ok {
+			f.Drop(frame.NotCarried)
+			return
+		}
+	case !otherFits(f):
+		f.Drop(frame.BadTransport)
+		return
+	}
+	k0 := uint64(u.remote)<<32 | uint64(u.external)<<16 | uint64(u.remotePort)
+	k1 := uint64(u.proto)
+	if r.k0 != k0 || r.k1 != k1 || !r.found() || !r.alive() {
+		k := m.table.outsideKey(u)
+		a := m.table.find(&k)
+		if !a.found() {
+			if a = in.open(b, f, u); !a.found() {
+				return
+			}
+		}
+		r.set(a, k0, k1)
+	}
+	g := m.guests[uint8(r.w1>>8)]
+	if !in.passes(b, f, g) {
+		return
+	}
+	if f.Proto != frame.ProtoTCP || m.track(&r.ref, f, outside) {
+		r.touch(b.Now)
+	}
+	r.count(f)
+	if f.MoreFrags() && hasPorts(f.Proto) {
+		defer in.firstFragment(b, f, r.ref, fragKey(u.remote, f))
+	}
+	translate(f, ipDst, g.IP, field, uint16(r.w0>>16))
+	in.deliver(f, g, r.queue.Load())
+}
+
+// passes says whether a packet may be passed on to the guest: it has hops left
+// and is not too long. Otherwise its sender is told.
+func (in *Inbound) passes(b *frame.Batch, f *frame.Frame, g *guest) bool {
+	if f.TTL() <= 1 {
+		in.m.replyError(b, f, nil, icmpTimeExceeded, 0, 0)
+		f.Drop(frame.TTLExpired)
+		return false
+	}
+	if g.MTU > 0 && ipLength(f) > g.MTU {
+		return in.m.tooLong(b, f, nil, g.MTU)
+	}
+	return true
+}
+
+// deliver sends a translated frame to its guest.
+func (in *Inbound) deliver(f *frame.Frame, g *guest, queue uint32) {
+	mac := g.mac.Load()
+	if mac == 0 {
+		f.Drop(frame.NoNeighbour) // the guest has not said a word yet
+		return
+	}
+	putMAC(f.Head[0:], mac)
+	putMAC(f.Head[6:], in.m.gwMAC)
+	f.Queue, f.Out = uint16(queue), g.Port
+}
+
+// open makes the flow of a packet that has none, if the packet may come in;
+// otherwise it is dropped in silence (RFC 5382 REQ-4).
+func (in *Inbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
+	m := in.m
+	if src := u.remote; src>>24 == 0 || src>>24 == 127 || src>>28 >= 0xe || src == m.external.Load() {
+		f.Drop(frame.Spoofed) // H082: broadcast, loopback, LAND
+		return ref{}
+	}
+	w, ok := firstSegment(f, outside)
+	if !ok || f.Proto == frame.ProtoICMP && !asks(u.remotePort, outside) {
+		f.Drop(frame.NoFlow)
+		return ref{}
+	}
+	op := opening{tuple: u, g: m.all, side: outside, tcp: w}
+	s := m.space(u.proto)
+	switch {
+	case u.proto == frame.ProtoTCP || u.proto == frame.ProtoUDP:
+		var how admission
+		if op.g, op.guestPort, how = s.admit(u.external); how == refused || how == invited && !m.welcome(u, w) {
+			if how == invited {
+				s.release(u.external, seconds(b.Now))
+			}
+			f.Drop(frame.NoFlow)
+			return ref{}
+		}
+		op.pinned = true
+	case m.all == nil:
+		f.Drop(frame.NoFlow)
+		return ref{}
+	default:
+		op.guestPort = u.external
+	}
+	op.guest = op.g.index
+	if reason := m.admitFlow(op.g, kindOf(u.proto), w.state() == tcpInit, outside, b.Now); reason != frame.ReasonNone {
+		if op.pinned {
+			s.release(u.external, seconds(b.Now))
+		}
+		f.Drop(reason)
+		return ref{}
+	}
+	r, reason := m.open(&op, b.Now)
+	if reason != frame.ReasonNone {
+		f.Drop(reason)
+	}
+	return r
+}
+
+// welcome says whether the filter lets a packet from outside use a guest's
+// mapping. A TCP connection begins with a SYN: what a guest's mapping offers
+// is no published service.
+func (m *Masquerade) welcome(u tuple, w tcpWord) bool {
+	if u.proto == frame.ProtoTCP && w.state() != tcpInit {
+		return false
+	}
+	switch m.cfg.Filtering {
+	case EndpointIndependent:
+		return true
+	case AddressDependent:
+		k := m.table.addressKey(u)
+		r := m.table.find(&k)
+		return r.found()
+	}
+	return false
+}
