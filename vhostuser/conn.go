@@ -55,6 +55,13 @@ func (c *conn) interrupt() {
 	_ = c.uc.SetReadDeadline(time.Unix(1, 0))
 }
 
+// resume undoes interrupt after read has returned.
+func (c *conn) resume() {
+	c.stop.Store(false)
+	c.grace = false
+	_ = c.uc.SetReadDeadline(time.Time{})
+}
+
 // wait returns when a byte or the end is there to be read. It reads nothing,
 // so it can be interrupted without losing anything.
 func (c *conn) wait() error {

@@ -85,6 +85,16 @@ func (c *ctrl) reset() {
 	c.offloads, c.pairs = offloadFeatures, 1
 }
 
+// restore takes up what another backend was asked for.
+func (c *ctrl) restore(f Filter, offloads uint64, pairs int) {
+	c.reset()
+	for _, id := range f.VLANs {
+		c.setVLAN(ctrlVLANAdd, id)
+	}
+	f.VLANs = nil
+	c.filter, c.offloads, c.pairs = f, offloads&offloadFeatures, pairs
+}
+
 // isCtrl says whether r is the control queue. Without a configuration space a
 // driver knows of one pair only, whatever GET_QUEUE_NUM said.
 func (d *Device) isCtrl(r *ring) bool {

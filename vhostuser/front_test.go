@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -379,3 +380,5 @@ func pull(p *Pair) (out [][]byte, offloads []frame.Offload) {
 	p.Release(&b)
 	return out, offloads
 }
+
+func itoa(n int) string { return strconv.Itoa(n) }

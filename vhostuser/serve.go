@@ -115,14 +115,16 @@ func (d *Device) dialAll(ctx context.Context) error {
 			continue
 		}
 		d.mu.Lock()
-		closed := d.closed
+		closed, moved := d.closed, d.moved
 		d.mu.Unlock()
 		if closed {
 			return ErrClosed
 		}
 		var dialer net.Dialer
-		if c, err := dialer.DialContext(ctx, "unix", d.cfg.Path); err == nil {
-			d.take(c.(*net.UnixConn))
+		if !moved {
+			if c, err := dialer.DialContext(ctx, "unix", d.cfg.Path); err == nil {
+				d.take(c.(*net.UnixConn))
+			}
 		}
 		if !pause(ctx, wait) {
 			return ctx.Err()
