@@ -101,7 +101,7 @@ func (docs *Docs) add(file, netns string, data []byte) error {
 		}
 	}
 	if d.budget < 0 {
-		return badInput("%s: too many nodes when its aliases are expanded; write them out", file)
+		return badInput("%s: more than %d nodes with its aliases expanded; split the file", file, maxNodes)
 	}
 	docs.nameAndPlace(from, netns)
 	docs.faults = append(docs.faults, d.faults...)

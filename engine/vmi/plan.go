@@ -203,5 +203,8 @@ func hostnameOf(name string) string {
 		}
 		return '-'
 	}, label)
-	return strings.Trim(label[:min(len(label), 63)], "-")
+	if label = strings.Trim(label[:min(len(label), 63)], "-"); label == "" {
+		return "vm"
+	}
+	return label
 }

@@ -31,7 +31,11 @@ func Unsupported(docs Docs) []Fault {
 
 func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
-		if b != Masquerade {
+		switch b {
+		case Masquerade:
+		case PluginBound:
+			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
+		default:
 			say(at+"."+string(b), "binding %s; use masquerade: {}", b)
 		}
 	}

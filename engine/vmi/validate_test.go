@@ -327,7 +327,7 @@ func TestUnsupported(t *testing.T) {
 		i0 + ".passtBinding: not supported yet: binding passtBinding; use masquerade: {}",
 		i0 + ".model: not supported yet: model e1000; use virtio",
 		i0 + ".state: not supported yet: state down; use up",
-		i1 + ".binding: not supported yet: binding binding; use masquerade: {}",
+		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
 		i1 + ".portRanges: not supported yet: port ranges; list the ports",
 		"spec.networks[1].multus: not supported yet: a Multus network; use pod: {}",
 	}, lines(Unsupported(docs)))
