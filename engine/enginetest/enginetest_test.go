@@ -3,6 +3,7 @@ package enginetest
 import (
 	"net/netip"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -194,6 +195,21 @@ func TestNetNS(t *testing.T) {
 	n, err := a.Counter("eth0", "rx_packets")
 	require.NoError(t, err)
 	assert.NotZero(t, n)
+}
+
+func TestNetNSDoEndsWithItsCaller(t *testing.T) {
+	Need(t, "netns")
+	ns := NewNetNS(t)
+	after := false
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		ns.Do(func() error { runtime.Goexit(); return nil })
+		after = true
+	}()
+	<-done
+	assert.False(t, after)
+	assert.ErrorIs(t, ns.Do(func() error { return os.ErrInvalid }), os.ErrInvalid)
 }
 
 func TestNetNSIsTakenDown(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/vishvananda/netlink"
@@ -112,23 +113,37 @@ func (ns *NetNS) Close() error {
 	return ns.file.Close()
 }
 
-// Do runs f on a thread that is in the namespace. Goroutines that f starts are
-// not.
-func (ns *NetNS) Do(f func() error) error {
+// Do runs f on a thread that is in the namespace and waits for it. Goroutines
+// that f starts are elsewhere. If f ends its goroutine, as FailNow does, so
+// does Do.
+func (ns *NetNS) Do(f func() error) (err error) {
+	var done sync.WaitGroup
+	returned := false
+	done.Go(func() {
+		err = ns.visit(f)
+		returned = true
+	})
+	done.Wait()
+	if !returned {
+		runtime.Goexit()
+	}
+	return err
+}
+
+// visit runs f in the namespace, on a goroutine that ends soon.
+func (ns *NetNS) visit(f func() error) error {
 	runtime.LockOSThread()
 	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		runtime.UnlockOSThread()
 		return err
 	}
 	defer unix.Close(home)
 	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
 		return fmt.Errorf("enter %s: %w", ns.Path, err)
 	}
 	defer func() {
-		// A thread that cannot go home stays locked, so that it ends with its
-		// goroutine and never runs another.
+		// In a user namespace the way home may be closed. The thread then stays
+		// locked and ends with its goroutine.
 		if unix.Setns(home, unix.CLONE_NEWNET) == nil {
 			runtime.UnlockOSThread()
 		}
