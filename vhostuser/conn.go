@@ -13,13 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const (
-	// replyTimeout is how long a frontend may leave its socket full (H017).
-	replyTimeout = 5 * time.Second
-	// bodyTimeout is how long a message may take from its first byte to its
-	// last when the session is about to move.
-	bodyTimeout = time.Second
-)
+// replyTimeout is how long a frontend may leave its socket full (H017), less
+// in tests.
+var replyTimeout = 5 * time.Second
+
+// bodyTimeout is how long a message may take to its end when the session is
+// about to move.
+const bodyTimeout = time.Second
 
 // conn is the socket of a session. It is read by the session's goroutine
 // alone; interrupt may be called by others.

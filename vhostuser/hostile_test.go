@@ -337,24 +337,24 @@ func TestSendRARP(t *testing.T) {
 // H017: a frontend that reads no replies loses its connection, and nobody
 // else waits for it.
 func TestReplyNotRead(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes the reply's time-out")
-	}
 	noLeak(t)
+	defer func(was time.Duration) { replyTimeout = was }(replyTimeout)
+	replyTimeout = 100 * time.Millisecond
 	d := newDevice(t, Config{})
 	f := connect(t, d)
+	s := d.current()
 	b := make([]byte, 0, 64*headerLen)
 	for range 64 {
 		b = append(b, u32s(uint32(GetFeatures), 1, 0)...)
 	}
-	require.NoError(t, f.c.SetWriteDeadline(time.Now().Add(2*replyTimeout)))
+	require.NoError(t, f.c.SetWriteDeadline(time.Now().Add(5*time.Second)))
 	for {
 		if _, err := f.c.Write(b); err != nil {
 			require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
 			break
 		}
-		require.Equal(t, Connected, d.Status().State)
 	}
+	<-s.done
 }
 
 // H030, H034: memory that is cut short or taken away stops the rings.
@@ -539,3 +539,23 @@ func TestMostRings(t *testing.T) {
 }
 
 func procFD(fd int) string { return "/proc/self/fd/" + itoa(fd) }
+
+// H049 on an rx ring, in the middle of a batch.
+func TestBrokenRxRing(t *testing.T) {
+	noLeak(t)
+	d := newDevice(t, Config{})
+	f := connect(t, d)
+	f.bringUp(plainFeats|featMrgRxbuf, 2)
+	rx := f.rings[0]
+	rx.recv(2000)
+	rx.post(guestBuf{f.alloc(2000), 2000, true})
+	native.PutUint16(rx.at(availAt+4+2), testRing) // H050
+	fs := pushBytes(d, testFrame(60, 1), testFrame(60, 2), testFrame(60, 3))
+	require.Equal(t, frame.ReasonNone, fs[0].Reason)
+	require.Equal(t, frame.QueueStopped, fs[1].Reason)
+	require.Equal(t, frame.QueueStopped, fs[2].Reason)
+	_, got := rx.received(12)
+	require.Equal(t, [][]byte{testFrame(60, 1)}, got)
+	enginetest.Eventually(t, 2*time.Second, func() bool { return d.Status().Counters["ring_errors"] == 1 })
+	require.Equal(t, Connected, d.Status().State)
+}

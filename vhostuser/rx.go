@@ -117,13 +117,17 @@ func (r *rxRing) push(fs []*frame.Frame) {
 // settle ends a batch: it takes back what a fault in the sender's memory left
 // half done, publishes, and interrupts the guest if it wants that.
 func (r *rxRing) settle() {
-	if r.q == nil {
-		return
-	}
 	r.rewind()
-	if !r.dirty {
-		return
+	if r.dirty {
+		r.publish()
 	}
+	if r.q.Err() != nil {
+		r.q = nil
+	}
+}
+
+// publish shows the guest what was put.
+func (r *rxRing) publish() {
 	r.dirty = false
 	r.pair.count.rxFrames.Add(r.frames)
 	r.pair.count.rxBytes.Add(r.bytes)
@@ -177,18 +181,13 @@ func (r *rxRing) segment(f *frame.Frame) {
 	if r.seg == nil {
 		r.seg = new(frame.Segmenter)
 	}
+	r.seg.Partial = r.feats&featGuestCSUM != 0
 	if !r.seg.Start(f) {
 		r.drop(f, frame.BadOffload)
 		return
 	}
 	sent, last := 0, frame.ReasonNone
 	for s := r.seg.Next(); s != nil; s = r.seg.Next() {
-		if r.feats&featGuestCSUM == 0 {
-			if s.Flags&frame.NeedsCsum != 0 {
-				s.CompleteChecksum()
-			}
-			s.Flags &^= frame.DataValid
-		}
 		if reason := r.write(s); reason != frame.ReasonNone {
 			last = reason
 			r.pair.count.drop(reason)
@@ -204,6 +203,9 @@ func (r *rxRing) segment(f *frame.Frame) {
 // write copies a frame into the guest's buffers. If it returns a reason, the
 // guest has got nothing of the frame.
 func (r *rxRing) write(f *frame.Frame) frame.DropReason {
+	if r.q.Err() != nil { // it broke in this batch
+		return frame.QueueStopped
+	}
 	need := r.hdr + int(f.Len)
 	mergeable := r.feats&featMrgRxbuf != 0
 	for got := 0; got < need; {
@@ -259,7 +261,6 @@ func (r *rxRing) pop() (int, frame.DropReason) {
 	case virtq.Broken:
 		r.rewind()
 		r.pair.dev.breakRing(r.ring, r.q.Err())
-		r.q = nil
 		return 0, frame.QueueStopped
 	}
 	r.rewind()
