@@ -3,6 +3,7 @@ package uplink
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -126,11 +127,18 @@ func (p *Pod) evade() bool {
 }
 
 func readPorts() (*portMap, error) {
-	b, err := os.ReadFile(reservedPorts)
+	f, err := os.Open(reservedPorts)
 	if err != nil {
 		return nil, fmt.Errorf("reserved ports: %w", err)
 	}
-	return parsePorts(string(b))
+	defer f.Close()
+	// The kernel gives as much as fits into one read, and then nothing more.
+	b := make([]byte, 6*65536)
+	n, err := f.Read(b)
+	if err != nil && err != io.EOF {
+		return nil, fmt.Errorf("reserved ports: %w", err)
+	}
+	return parsePorts(string(b[:n]))
 }
 
 // save writes the value down where it outlives the process: in rules that are

@@ -1,0 +1,413 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/miekg/dns"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/enginetest"
+	"sidewire/engine/frame"
+)
+
+func tcpPort(n uint16) Port { return Port{frame.ProtoTCP, n} }
+
+// syn sends a SYN from the outside to the pod.
+func (r *rig) syn(src, dst uint16) {
+	send(r.t, r.out, enginetest.TCPFrame(r.eth(), toPod(), enginetest.TCP{Src: src, Dst: dst, Flags: enginetest.SYN, Seq: 1}, nil))
+}
+
+// quietSince fails the test if the outside gets an unwanted frame before one
+// that the pod's kernel sends later: what the kernel answers it answers while
+// it receives.
+func (r *rig) quietSince(unwanted func(received) bool) {
+	r.t.Helper()
+	const fence = 9
+	c, err := r.Pod.Dial("udp4", netip.AddrPortFrom(outsideIP, fence).String(), deadline)
+	require.NoError(r.t, err)
+	defer c.Close()
+	_, err = c.Write([]byte("fence"))
+	require.NoError(r.t, err)
+	src := uint16(c.LocalAddr().(*net.UDPAddr).Port)
+	r.next(r.outside(), "fence", func(p received) bool {
+		assert.False(r.t, unwanted(p), "unwanted frame % x", p.bytes)
+		return udp(src, fence)(p)
+	})
+}
+
+// sinkUntil takes what the sink has got until a datagram that is the guest's,
+// and fails the test if an unwanted frame is among it.
+func (r *rig) sinkUntil(unwanted func(received) bool) {
+	r.t.Helper()
+	const fence = 45000 // in the NAT range: the guest's in either mode
+	send(r.t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 9, Dst: fence}, nil))
+	r.next(r.in(), "fence", func(p received) bool {
+		assert.False(r.t, unwanted(p), "unwanted frame % x", p.bytes)
+		return udp(9, fence)(p)
+	})
+}
+
+// notFence is everything on the sink but the end of sinkUntil, and errors that
+// the outside sends about quietSince's.
+func notFence(p received) bool { return !udp(9, 45000)(p) && !icmp(3)(p) }
+
+func TestEverythingIsTheGuests(t *testing.T) {
+	r := newRig(t)
+	for _, port := range []uint16{80, 81, 4444, 33000, 50000} {
+		r.syn(1234, port)
+		p := r.next(r.in(), "SYN on the sink", tcp(1234, port, enginetest.SYN))
+		assert.Equal(t, frame.ReasonNone, p.reason)
+		r.quietSince(func(p received) bool { return tcp(port, 1234, enginetest.RST|enginetest.ACK)(p) })
+	}
+	send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: 80}, []byte("x")))
+	r.next(r.in(), "datagram", udp(5, 80))
+	send(t, r.out, enginetest.ICMPFrame(r.eth(), toPod(), enginetest.Echo(7, 1), []byte("ping")))
+	r.next(r.in(), "echo request", icmp(8))
+	send(t, r.out, enginetest.ICMPFrame(r.eth(), toPod(), enginetest.EchoReply(7, 1), []byte("pong")))
+	r.next(r.in(), "echo reply", icmp(0))
+	const gre = 47
+	send(t, r.out, r.eth().Frame(frame.TypeIPv4, toPod().Packet(gre, make([]byte, 40))))
+	r.next(r.in(), "GRE", func(p received) bool { return p.bytes[23] == gre })
+	r.quietSince(func(p received) bool { return icmp(0)(p) || icmp(3)(p) })
+}
+
+// The pod's own processes keep their flows, although everything is published.
+func TestPodKeepsItsFlows(t *testing.T) {
+	r := newRig(t)
+	get := func() {
+		c := http.Client{Timeout: deadline, Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(_ context.Context, network, addr string) (net.Conn, error) {
+				return r.Pod.Dial(network, addr, deadline)
+			},
+		}}
+		resp, err := c.Get("http://" + netip.AddrPortFrom(outsideIP, enginetest.HTTPPort).String() + "/data?bytes=1000000")
+		require.NoError(t, err)
+		defer resp.Body.Close()
+		n, err := io.Copy(io.Discard, resp.Body)
+		require.NoError(t, err)
+		require.EqualValues(t, 1000000, n)
+	}
+	get()
+	conn, err := r.Pod.Dial("udp4", netip.AddrPortFrom(outsideIP, 53).String(), deadline)
+	require.NoError(t, err)
+	defer conn.Close()
+	require.NoError(t, conn.SetDeadline(time.Now().Add(deadline)))
+	q := new(dns.Msg)
+	q.SetQuestion(enginetest.OutsideName+".", dns.TypeA)
+	require.NoError(t, (&dns.Conn{Conn: conn}).WriteMsg(q))
+	a, err := (&dns.Conn{Conn: conn}).ReadMsg()
+	require.NoError(t, err)
+	require.Len(t, a.Answer, 1)
+	output(t, r.Pod, "ping", "-c", "1", "-W", "5", enginetest.OutsideIP)
+	get()
+	r.sinkUntil(notFence)
+	// A connection that the outside refuses leaves nothing with the guest.
+	_, err = r.Pod.Dial("tcp4", netip.AddrPortFrom(outsideIP, 4).String(), deadline)
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	r.sinkUntil(notFence)
+}
+
+// A kernel that answers with a RST does not make the flow its own.
+func TestResetStartsNoFlow(t *testing.T) {
+	r := newRig(t, tcpPort(80))
+	r.syn(1234, 81)
+	r.next(r.outside(), "RST", tcp(81, 1234, enginetest.RST|enginetest.ACK))
+	require.NoError(t, r.pod.SetPorts(nil))
+	r.syn(1234, 81)
+	r.next(r.in(), "SYN", tcp(1234, 81, enginetest.SYN))
+}
+
+func TestListedPorts(t *testing.T) {
+	r := newRig(t, tcpPort(80))
+	l, err := r.Pod.Listen("tcp4", ":81")
+	require.NoError(t, err)
+	defer l.Close()
+
+	r.syn(1234, 80)
+	r.next(r.in(), "SYN on the sink", tcp(1234, 80, enginetest.SYN))
+	r.quietSince(tcp(80, 1234, enginetest.RST|enginetest.ACK))
+
+	r.syn(1234, 4444)
+	r.next(r.outside(), "RST of the pod", tcp(4444, 1234, enginetest.RST|enginetest.ACK))
+	r.syn(1234, 81)
+	r.next(r.outside(), "SYN-ACK of the pod's listener", tcp(81, 1234, enginetest.SYN|enginetest.ACK))
+	send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: 80}, []byte("x")))
+	r.next(r.outside(), "port unreachable", icmp(3))
+	send(t, r.out, enginetest.ICMPFrame(r.eth(), toPod(), enginetest.Echo(7, 1), []byte("ping")))
+	r.next(r.outside(), "echo reply of the pod", icmp(0))
+	r.sinkUntil(notFence)
+
+	// Replies to the guest come to ports of the NAT range, and to echoes of its.
+	r.syn(1234, 40000)
+	r.next(r.in(), "segment for the NAT range", tcp(1234, 40000, enginetest.SYN))
+	send(t, r.out, enginetest.ICMPFrame(r.eth(), toPod(), enginetest.EchoReply(7, 1), nil))
+	r.next(r.in(), "echo reply for the guest", icmp(0))
+	output(t, r.Pod, "ping", "-c", "1", "-W", "5", enginetest.OutsideIP)
+	r.sinkUntil(notFence)
+}
+
+func TestPortsChange(t *testing.T) {
+	r := newRig(t, tcpPort(80))
+	guests := func(port uint16) {
+		t.Helper()
+		r.syn(1234, port)
+		r.next(r.in(), "SYN on the sink", tcp(1234, port, enginetest.SYN))
+	}
+	pods := func(port uint16) {
+		t.Helper()
+		r.syn(1234, port)
+		r.next(r.outside(), "RST of the pod", tcp(port, 1234, enginetest.RST|enginetest.ACK))
+	}
+	guests(80)
+	pods(81)
+	require.NoError(t, r.pod.AddPort(tcpPort(81)))
+	require.Equal(t, []Port{tcpPort(80), tcpPort(81)}, r.pod.Ports())
+	guests(81)
+	require.NoError(t, r.pod.RemovePort(tcpPort(80)))
+	pods(80)
+	guests(81)
+	require.Error(t, r.pod.RemovePort(tcpPort(80)))
+	require.NoError(t, r.pod.RemovePort(tcpPort(81)))
+	pods(81)
+	require.NoError(t, r.pod.SetPorts(nil))
+	guests(80)
+	guests(82)
+	require.Nil(t, r.pod.Ports())
+	require.NoError(t, r.pod.AddPort(tcpPort(80)))
+	guests(83)
+	require.Error(t, r.pod.SetPorts([]Port{{Proto: 132, Port: 1}}))
+	var many []Port
+	for i := range 5000 {
+		many = append(many, Port{frame.ProtoUDP, uint16(i + 1)})
+	}
+	require.NoError(t, r.pod.SetPorts(many))
+	require.Len(t, r.pod.Ports(), 5000)
+	pods(80)
+	send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: 5000}, nil))
+	r.next(r.in(), "datagram", udp(5, 5000))
+}
+
+// Only the two flow tables know whose packet an ICMP error quotes.
+func TestErrorsGoBothWays(t *testing.T) {
+	for name, ports := range map[string][]Port{"everything": nil, "listed": {tcpPort(80)}} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t, ports...)
+			c, err := r.Pod.Dial("udp4", netip.AddrPortFrom(outsideIP, 7).String(), deadline)
+			require.NoError(t, err)
+			defer c.Close()
+			port := uint16(c.LocalAddr().(*net.UDPAddr).Port)
+			ip := enginetest.IP{Src: podIP, Dst: outsideIP}
+			quoted := ip.Packet(frame.ProtoUDP, enginetest.UDP{Src: port, Dst: 7}.Datagram(ip, nil))
+			send(t, r.out, enginetest.ICMPFrame(r.eth(), toPod(), enginetest.ICMP{Type: 3, Code: 3}, quoted))
+			r.next(r.in(), "copy of the error", icmp(3))
+			require.NoError(t, c.SetDeadline(time.Now().Add(deadline)))
+			_, err = c.Read(make([]byte, 10))
+			require.ErrorIs(t, err, syscall.ECONNREFUSED)
+		})
+	}
+}
+
+// fragments cuts a UDP datagram into two IPv4 fragments.
+func (r *rig) fragments(src, dst, id uint16) (first, second []byte) {
+	whole := enginetest.UDP{Src: src, Dst: dst}.Datagram(toPod(), enginetest.Payload(1000, 3))
+	ip := toPod()
+	ip.ID, ip.Frag = id, frame.MoreFragments
+	first = r.eth().Frame(frame.TypeIPv4, ip.Packet(frame.ProtoUDP, whole[:512]))
+	ip.Frag = 512 / 8
+	return first, r.eth().Frame(frame.TypeIPv4, ip.Packet(frame.ProtoUDP, whole[512:]))
+}
+
+func TestFragments(t *testing.T) {
+	r := newRig(t, Port{frame.ProtoUDP, 80})
+	pc, err := r.Pod.ListenPacket("udp4", ":81")
+	require.NoError(t, err)
+	defer pc.Close()
+	second := func(p received) bool { return be(p.bytes[20:]) == 512/8 }
+	podGets := func(what string) {
+		t.Helper()
+		require.NoError(t, pc.SetReadDeadline(time.Now().Add(deadline)))
+		n, _, err := pc.ReadFrom(make([]byte, 2000))
+		require.NoError(t, err, what)
+		require.Equal(t, 1000, n)
+	}
+
+	a, b := r.fragments(9, 80, 1)
+	send(t, r.out, a, b)
+	r.next(r.in(), "first fragment", udp(9, 80))
+	r.next(r.in(), "second fragment", second)
+
+	a, b = r.fragments(9, 81, 2)
+	send(t, r.out, a, b)
+	podGets("in order")
+	r.sinkUntil(notFence)
+
+	// Ahead of its first, a fragment goes both ways.
+	a, b = r.fragments(9, 81, 3)
+	send(t, r.out, b, a)
+	podGets("out of order")
+	r.next(r.in(), "copy of the second fragment", second)
+	a, b = r.fragments(9, 80, 4)
+	send(t, r.out, b, a)
+	r.next(r.in(), "second fragment", second)
+	r.next(r.in(), "first fragment", udp(9, 80))
+}
+
+// What is not for the pod's address, tagged or not unicast is not touched.
+func TestForeignFramesStay(t *testing.T) {
+	r := newRig(t)
+	seg := enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.SYN}
+	tagged := r.eth()
+	tagged.VLAN = 5
+	other := toPod()
+	other.Dst = netip.MustParseAddr("10.244.1.6")
+	foreign := r.eth()
+	foreign.Dst = frame.MAC{2, 9, 9, 9, 9, 9}
+	bcast := r.eth()
+	bcast.Dst = frame.Broadcast
+	send(t, r.out,
+		enginetest.TCPFrame(tagged, toPod(), seg, nil), enginetest.TCPFrame(r.eth(), other, seg, nil),
+		enginetest.TCPFrame(foreign, toPod(), seg, nil), enginetest.TCPFrame(bcast, toPod(), seg, nil),
+		enginetest.ARPFrame(r.eth(), enginetest.ARPRequest, r.outMAC, outsideIP, frame.MAC{}, podIP))
+	r.next(r.outside(), "ARP reply of the pod's kernel", func(p received) bool {
+		return p.bytes[12] == 8 && p.bytes[13] == 6 && p.bytes[21] == enginetest.ARPReply
+	})
+	r.sinkUntil(notFence)
+}
+
+func TestRestore(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	for name, original := range map[string]string{
+		"none": "\n", "one": "8080", "long": longList(), "overlapping": "39990-40010,50000,65535",
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+			enginetest.Must(t, w.Pod.Sysctl("net/ipv4/ip_local_reserved_ports", original))
+			before := state(t, w.Pod)
+			take := func() (p *Pod) {
+				t.Helper()
+				enginetest.Must(t, w.Pod.Do(func() (err error) {
+					p, err = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway, Ports: []Port{tcpPort(80)}})
+					return err
+				}))
+				require.Equal(t, podIP, p.Addr())
+				require.Empty(t, p.Warnings)
+				require.NotEqual(t, before, state(t, w.Pod))
+				return p
+			}
+			require.NoError(t, take().Restore())
+			require.Equal(t, before, state(t, w.Pod))
+
+			// A run that crashed keeps its tables; the next one cleans up.
+			crash(t, take())
+			require.NotEqual(t, before, state(t, w.Pod))
+			enginetest.Must(t, w.Pod.Do(func() error { return Cleanup("eth0") }))
+			require.Equal(t, before, state(t, w.Pod))
+			enginetest.Must(t, w.Pod.Do(func() error { return Cleanup("eth0") })) // nothing to do
+
+			// Or takes them up, and still knows what there was before.
+			crash(t, take())
+			p := take()
+			enginetest.Must(t, w.Pod.Do(func() error {
+				require.ErrorIs(t, Cleanup("eth0"), ErrInUse)
+				_, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+				require.ErrorIs(t, err, ErrInUse)
+				return nil
+			}))
+			require.NoError(t, p.Restore())
+			require.NoError(t, p.Restore(), "once more")
+			require.Equal(t, before, state(t, w.Pod))
+		})
+	}
+}
+
+// longList is more than one comment can carry.
+func longList() string {
+	m := new(portMap)
+	for p := 1000; p < 3000; p += 7 {
+		m.set(p, p+p%3)
+	}
+	return m.String()
+}
+
+// crash ends a run as the end of its process would.
+func crash(t *testing.T, p *Pod) {
+	t.Helper()
+	require.NoError(t, errors.Join(p.tap.Close(), unix.Close(p.sink), unix.Close(p.ns)))
+}
+
+// What others reserve while we run stays reserved.
+func TestRestoreKeepsOthersPorts(t *testing.T) {
+	r := newRig(t)
+	enginetest.Must(t, r.Pod.Sysctl("net/ipv4/ip_local_reserved_ports", "7,40000-65535"))
+	require.NoError(t, r.pod.Restore())
+	enginetest.Must(t, r.Pod.Do(func() error {
+		m, err := readPorts()
+		require.NoError(t, err)
+		require.Equal(t, "7", m.String())
+		return nil
+	}))
+}
+
+func TestTakeoverRefuses(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	good := TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway}
+	before := state(t, w.Pod)
+	for name, c := range map[string]struct {
+		change func(*TakeoverConfig)
+		want   string
+	}{
+		"no link":      {func(c *TakeoverConfig) { c.Link = "eth7" }, "no such link: eth7 (there are: "},
+		"no address":   {func(c *TakeoverConfig) { c.Link = "lo" }, "not Ethernet"},
+		"guest":        {func(c *TakeoverConfig) { c.Guest = gateway.Addr() }, "not two IPv4 addresses"},
+		"other prefix": {func(c *TakeoverConfig) { c.Guest = podIP }, "not two IPv4 addresses"},
+		"IPv6 guest":   {func(c *TakeoverConfig) { c.Guest = netip.IPv6LinkLocalAllNodes() }, "not two IPv4 addresses"},
+		"range":        {func(c *TakeoverConfig) { c.NAT = PortRange{5, 4} }, "is empty"},
+		"port 0":       {func(c *TakeoverConfig) { c.Ports = []Port{tcpPort(0)} }, "cannot be published"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := good
+			c.change(&cfg)
+			enginetest.Must(t, w.Pod.Do(func() error {
+				_, err := Takeover(cfg)
+				require.ErrorContains(t, err, c.want)
+				return nil
+			}))
+		})
+	}
+	require.Equal(t, before, state(t, w.Pod))
+}
+
+func TestPortMap(t *testing.T) {
+	for in, want := range map[string]string{
+		"": "", "\n": "", "80\n": "80", "1,2,3": "1-3", "0,65535": "0,65535", "40000-65535": "40000-65535", "5-7,6-9,1": "1,5-9",
+	} {
+		m, err := parsePorts(in)
+		require.NoError(t, err)
+		require.Equal(t, want, m.String())
+	}
+	for _, in := range []string{"x", "1-", "70000", "-1", "1--2"} {
+		_, err := parsePorts(in)
+		require.Error(t, err, in)
+	}
+}
+
+func TestNames(t *testing.T) {
+	require.Equal(t, "sw-eth0", TapName("eth0"))
+	require.Equal(t, "swin-eth0", sinkName("eth0"))
+	for _, n := range []string{"pod72ad293a5c9", "abcdefghijklmno"} {
+		require.Less(t, len(sinkName(n)), unix.IFNAMSIZ)
+	}
+	require.NotEqual(t, sinkName("pod72ad293a5c9"), sinkName("pod72ad293a5c8"))
+}
