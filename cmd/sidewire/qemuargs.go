@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	"github.com/vishvananda/netlink"
+
+	"sidewire/engine/uplink"
+	"sidewire/engine/vmi"
+)
+
+// qemuArgsCommand prints the arguments that a QEMU needs to use our ports.
+func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	var o options
+	fs := newFlags("qemu-args", errw)
+	o.register(fs)
+	fs.StringVar(&o.qemu, "qemu", "qemu-system-x86_64", "QEMU `BINARY` to ask for its version")
+	fs.BoolVar(&o.kvm, "kvm", false, "QEMU will run with KVM")
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	if err := o.check(); err != nil {
+		return err
+	}
+	vms, err := load(&o, errw)
+	if err != nil {
+		return err
+	}
+	if len(vms) != 1 {
+		return badInput("%d VMIs given: the arguments are those of one QEMU, so name one", len(vms))
+	}
+	version, err := vmi.AskQEMUVersion(ctx, o.qemu)
+	if err != nil {
+		fmt.Fprintf(errw, "warning: %v: taking it for an old one; name yours with --qemu\n", err)
+	}
+	lines, notes, err := vmi.QEMUArgs(vms[0], vmi.QEMUOptions{
+		SocketDir: o.socketDir,
+		MTU:       func(i vmi.Interface) int { return linkMTU(&o, vms[0], i) },
+		Version:   version,
+		KVM:       o.kvm,
+		Client:    o.mode == "client",
+	})
+	if err != nil {
+		return inputError{err}
+	}
+	for _, n := range notes {
+		fmt.Fprintln(errw, "note:", n)
+	}
+	for _, l := range lines {
+		fmt.Fprintln(out, l)
+	}
+	return nil
+}
+
+// linkMTU is the MTU of the host link of an interface's network, 0 if it
+// cannot be seen from here.
+func linkMTU(o *options, vm vmi.VM, i vmi.Interface) (mtu int) {
+	_ = uplink.InNetNS(netnsOf(o, vm), func() error {
+		l, err := netlink.LinkByName(o.uplinkOf(i.Name))
+		if err == nil {
+			mtu = l.Attrs().MTU
+		}
+		return err
+	})
+	return mtu
+}
+
+// netnsOf is the namespace of a VM: its own (FILE@NETNS) or the run's.
+func netnsOf(o *options, vm vmi.VM) string {
+	if vm.NetNS != "" {
+		return vm.NetNS
+	}
+	return o.netns
+}

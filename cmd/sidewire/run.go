@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine"
+	"sidewire/engine/vmi"
+)
+
+// memorySoftLimit keeps the collector from letting garbage pile up: what the
+// engine needs is allocated at the start, and a sidecar may have 64 MiB.
+const memorySoftLimit = 48 << 20
+
+// runCommand serves every interface of the VMIs until ctx ends.
+func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	var o options
+	fs := newFlags("run", errw)
+	o.register(fs)
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	if err := o.check(); err != nil {
+		return err
+	}
+	vms, err := load(&o, errw)
+	if err != nil {
+		return err
+	}
+	debug.SetMemoryLimit(memorySoftLimit)
+	level := slog.LevelInfo
+	if o.verbose {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
+	s, err := start(ctx, &o, vms, log)
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return errors.Join(err, s.stop())
+	}
+	<-ctx.Done()
+	log.Info("stopping")
+	return s.stop()
+}
+
+// server is a running sidewire.
+type server struct {
+	log     *slog.Logger
+	started time.Time
+	path    string
+	engine  *engine.Engine
+	nics    []*nic
+
+	mu      sync.Mutex // guards closers
+	closers []func() error
+}
+
+// start builds everything up; whatever it built is taken down again if it
+// fails.
+func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *server, err error) {
+	s = &server{log: log, started: time.Now(), path: "packet"}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.stop())
+			s = nil
+		}
+	}()
+	if o.path == "socket" {
+		return s, cannot("--path socket is not built yet: use --path packet with CAP_NET_ADMIN and CAP_NET_RAW")
+	}
+	nics, err := planNICs(o, vms)
+	if err != nil {
+		return s, err
+	}
+	// The control socket comes first: it tells whether another sidewire is here.
+	stopControl, err := serveControl(ctx, o.controlPath(), s, log)
+	if err != nil {
+		return s, err
+	}
+	s.onStop(func() error { stopControl(); return nil })
+	mode, err := o.pollMode()
+	if err != nil {
+		return s, err
+	}
+	cpus, err := parseCPUs(o.cpus)
+	if err != nil {
+		return s, err
+	}
+	s.engine, err = engine.New(engine.Config{Workers: workers(nics, cpus), CPUs: cpus, Poll: mode, Log: log})
+	if err != nil {
+		return s, machineError{err}
+	}
+	var once sync.Once
+	stopEngine := func() error { once.Do(s.engine.Close); return nil }
+	s.onStop(stopEngine)
+	for _, n := range nics {
+		if err := n.open(ctx, s, o, stopEngine); err != nil {
+			return s, fmt.Errorf("%s: %w", n.name(), err)
+		}
+		s.mu.Lock()
+		s.nics = append(s.nics, n)
+		s.mu.Unlock()
+	}
+	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(nics), "control", o.controlPath())
+	return s, nil
+}
+
+// onStop has f called when the server stops, last come first.
+func (s *server) onStop(f func() error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closers = append(s.closers, f)
+}
+
+// stop takes everything down.
+func (s *server) stop() error {
+	s.mu.Lock()
+	closers := s.closers
+	s.closers = nil
+	s.mu.Unlock()
+	var errs []error
+	for i := len(closers) - 1; i >= 0; i-- {
+		errs = append(errs, closers[i]())
+	}
+	return errors.Join(errs...)
+}
+
+// workers is how many the interfaces get: one per queue pair where there are
+// processors for it. A list of processors fixes it.
+func workers(nics []*nic, cpus []int) int {
+	if len(cpus) > 0 {
+		return len(cpus)
+	}
+	pairs := 0
+	for _, n := range nics {
+		pairs += n.iface.QueuePairs
+	}
+	usable := 1
+	var set unix.CPUSet
+	if unix.SchedGetaffinity(0, &set) == nil {
+		usable = max(1, set.Count())
+	}
+	return max(1, min(pairs, usable))
+}
+
+// planNICs makes a nic of every interface that is to be served.
+func planNICs(o *options, vms []vmi.VM) ([]*nic, error) {
+	var nics []*nic
+	taken := map[string]*nic{}
+	for _, vm := range vms {
+		for _, i := range vm.Interfaces {
+			n := &nic{vm: vm, iface: i, netns: netnsOf(o, vm), link: o.uplinkOf(i.Name), socket: o.socketPath(vm.Name, i.Name)}
+			place := n.netns + " " + n.link
+			if other := taken[place]; other != nil {
+				return nil, badInput("%s and %s are both behind %s of one namespace: give each VMI a namespace of its own with -f FILE@NETNS",
+					other.name(), n.name(), n.link)
+			}
+			taken[place] = n
+			nics = append(nics, n)
+		}
+	}
+	if len(nics) == 0 {
+		return nil, badInput("the VMIs have no interface to serve")
+	}
+	return nics, nil
+}

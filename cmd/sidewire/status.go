@@ -1,0 +1,289 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/netip"
+	"sort"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"sidewire/dhcp"
+	"sidewire/engine"
+	"sidewire/nat"
+	"sidewire/vhostuser"
+
+	"sidewire/engine/uplink"
+)
+
+// Status is what a running sidewire says of itself.
+type Status struct {
+	API        string               `json:"api"`
+	Path       string               `json:"path"` // way out of masquerade
+	Uptime     float64              `json:"uptime_seconds"`
+	Workers    []engine.WorkerStats `json:"workers"`
+	Interfaces []InterfaceStatus    `json:"interfaces"`
+	Ports      []engine.PortStats   `json:"ports"`
+}
+
+// InterfaceStatus is one interface of a guest.
+type InterfaceStatus struct {
+	Name       string           `json:"name"` // VMI/INTERFACE
+	Binding    string           `json:"binding"`
+	Path       string           `json:"path"`
+	Link       string           `json:"link"`
+	Pod        netip.Addr       `json:"pod"`
+	Guest      netip.Addr       `json:"guest"`
+	Gateway    netip.Addr       `json:"gateway"`
+	MTU        int              `json:"mtu"`
+	QueueCount int              `json:"queueCount"`
+	Socket     string           `json:"socket"`
+	Device     vhostuser.Status `json:"device"`
+	Leases     []dhcp.LeaseInfo `json:"leases"`
+	DHCP       dhcp.Stats       `json:"dhcp"`
+	NAT        nat.Stats        `json:"nat"`
+	Forwards   []forwardRequest `json:"forwards"` // empty: everything
+}
+
+// Status implements controller.
+func (s *server) Status() Status {
+	st := Status{API: apiVersion, Path: s.path, Uptime: time.Since(s.started).Seconds()}
+	if s.engine != nil {
+		st.Workers, st.Ports = s.engine.WorkerStats(), s.engine.PortStats()
+	}
+	for _, n := range s.interfaces() {
+		st.Interfaces = append(st.Interfaces, InterfaceStatus{
+			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link,
+			Pod: n.pod.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
+			MTU: n.pod.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
+			Device: n.device.Status(), Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), NAT: n.nat.Stats(),
+			Forwards: n.forwards(),
+		})
+	}
+	return st
+}
+
+func (s *server) interfaces() []*nic {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]*nic(nil), s.nics...)
+}
+
+// Forwards implements controller.
+func (s *server) Forwards() map[string][]forwardRequest {
+	out := map[string][]forwardRequest{}
+	for _, n := range s.interfaces() {
+		out[n.name()] = n.forwards()
+	}
+	return out
+}
+
+func (n *nic) forwards() []forwardRequest {
+	out := []forwardRequest{}
+	for _, p := range n.pod.Ports() {
+		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port})
+	}
+	return out
+}
+
+// AddForward implements controller.
+func (s *server) AddForward(r forwardRequest) error {
+	n, proto, err := s.find(r)
+	if err != nil {
+		return err
+	}
+	if err := n.nat.AddForward(nat.Forward{Proto: proto, Port: r.Port}); err != nil {
+		return fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err)
+	}
+	return n.pod.AddPort(uplink.Port{Proto: proto, Port: r.Port})
+}
+
+// RemoveForward implements controller.
+func (s *server) RemoveForward(r forwardRequest) error {
+	n, proto, err := s.find(r)
+	if err != nil {
+		return err
+	}
+	if err := n.pod.RemovePort(uplink.Port{Proto: proto, Port: r.Port}); err != nil {
+		return err
+	}
+	return n.nat.RemoveForward(nat.Forward{Proto: proto, Port: r.Port})
+}
+
+// find returns the interface that a request means.
+func (s *server) find(r forwardRequest) (*nic, uint8, error) {
+	proto, err := protoNumber(r.Protocol)
+	if err != nil {
+		return nil, 0, err
+	}
+	if r.Port == 0 {
+		return nil, 0, badInput("port 0 cannot be forwarded: give one from 1 to 65535")
+	}
+	nics := s.interfaces()
+	var names []string
+	for _, n := range nics {
+		if n.name() != r.Interface && (r.Interface != "" || len(nics) != 1) {
+			names = append(names, n.name())
+			continue
+		}
+		if n.pod.Ports() == nil {
+			return nil, 0, badInput("%s has no list of ports: every port is forwarded already", n.name())
+		}
+		return n, proto, nil
+	}
+	return nil, 0, badInput("no interface %q; there are: %s", r.Interface, strings.Join(names, ", "))
+}
+
+// controlFlags are those of the commands that talk to a running sidewire.
+func controlFlags(name string, args []string, errw io.Writer) (o options, asJSON bool, rest []string, err error) {
+	fs := newFlags(name, errw)
+	fs.StringVar(&o.socketDir, "socket-dir", runtimeDir(), "`DIR` of the running sidewire")
+	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
+	fs.BoolVar(&asJSON, "json", false, "print JSON")
+	if err = fs.Parse(args); err != nil {
+		return o, asJSON, nil, inputError{silent{}}
+	}
+	return o, asJSON, fs.Args(), nil
+}
+
+func statusCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	o, asJSON, rest, err := controlFlags("status", args, errw)
+	if err != nil {
+		return err
+	}
+	if len(rest) > 0 {
+		return badInput("unexpected argument %q", rest[0])
+	}
+	var st Status
+	if err := ask(ctx, o.controlPath(), "GET", "/status", nil, &st); err != nil {
+		return err
+	}
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(st)
+	}
+	return printStatus(out, st)
+}
+
+func printStatus(out io.Writer, st Status) error {
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	fmt.Fprintf(w, "path\t%s\nuptime\t%s\nworkers\t%d\n", st.Path, (time.Duration(st.Uptime) * time.Second).String(), len(st.Workers))
+	for _, i := range st.Interfaces {
+		fmt.Fprintf(w, "\n%s\t%s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.QueueCount, i.MTU)
+		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
+		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
+		for _, l := range i.Leases {
+			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, hwAddr(l.MAC), strconv.Quote(l.Hostname))
+		}
+		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
+		fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
+	}
+	fmt.Fprintf(w, "\nport\tin\tout\tdropped\n")
+	for _, p := range st.Ports {
+		fmt.Fprintf(w, "%s\t%d frames, %d bytes\t%d frames, %d bytes\t%s\n", p.Name, p.InFrames, p.InBytes, p.OutFrames, p.OutBytes, dropList(p.Drops))
+	}
+	return w.Flush()
+}
+
+func hwAddr(m [6]byte) string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+func dropList(drops map[string]uint64) string {
+	if len(drops) == 0 {
+		return "none"
+	}
+	var out []string
+	for k, v := range drops {
+		out = append(out, fmt.Sprintf("%s %d", k, v))
+	}
+	sort.Strings(out)
+	return strings.Join(out, ", ")
+}
+
+func forwardList(fs []forwardRequest) string {
+	if len(fs) == 0 {
+		return "everything"
+	}
+	var out []string
+	for _, f := range fs {
+		out = append(out, fmt.Sprintf("%s:%d", strings.ToLower(f.Protocol), f.Port))
+	}
+	return strings.Join(out, " ")
+}
+
+// forwardCommand lists, adds or removes forwarded ports.
+func forwardCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	o, asJSON, rest, err := controlFlags("forward", args, errw)
+	if err != nil {
+		return err
+	}
+	if len(rest) == 0 {
+		rest = []string{"list"}
+	}
+	method, what := "GET", rest[0]
+	var body any
+	switch what {
+	case "list":
+		if len(rest) > 1 {
+			return badInput("unexpected argument %q", rest[1])
+		}
+	case "add", "remove":
+		r, err := parseForward(rest[1:])
+		if err != nil {
+			return err
+		}
+		body = r
+		method = map[string]string{"add": "POST", "remove": "DELETE"}[what]
+	default:
+		return badInput("%q: want list, add or remove", what)
+	}
+	var fwds map[string][]forwardRequest
+	if err := ask(ctx, o.controlPath(), method, "/forwards", body, &fwds); err != nil {
+		return err
+	}
+	if asJSON {
+		return json.NewEncoder(out).Encode(fwds)
+	}
+	for _, name := range sortedKeys(fwds) {
+		fmt.Fprintf(out, "%s %s\n", name, forwardList(fwds[name]))
+	}
+	return nil
+}
+
+func sortedKeys[V any](m map[string]V) []string {
+	var ks []string
+	for k := range m {
+		ks = append(ks, k)
+	}
+	sort.Strings(ks)
+	return ks
+}
+
+// parseForward reads [VMI/INTERFACE] PROTO:PORT.
+func parseForward(args []string) (r forwardRequest, err error) {
+	if len(args) == 2 {
+		r.Interface, args = args[0], args[1:]
+	}
+	if len(args) != 1 {
+		return r, badInput("want [VMI/INTERFACE] PROTO:PORT, such as tcp:8080")
+	}
+	proto, port, ok := strings.Cut(args[0], ":")
+	if !ok {
+		proto, port = "tcp", args[0]
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return r, badInput("port %q: want a number from 1 to 65535", port)
+	}
+	if _, err := protoNumber(proto); err != nil {
+		return r, err
+	}
+	r.Protocol, r.Port = strings.ToUpper(proto), uint16(n)
+	return r, nil
+}

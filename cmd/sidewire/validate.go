@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"sidewire/engine/vmi"
+)
+
+// validateCommand prints one line per fault.
+func validateCommand(_ context.Context, args []string, out, errw io.Writer) error {
+	var files list
+	var asJSON bool
+	fs := newFlags("validate", errw)
+	fs.Var(&files, "f", "`FILE` with VMIs, VMs or NetworkAttachmentDefinitions; may be repeated")
+	fs.BoolVar(&asJSON, "json", false, "print the faults as JSON")
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	if len(files) == 0 {
+		return badInput("no file given: name it with -f")
+	}
+	docs, err := vmi.Load(files...)
+	if err != nil {
+		return inputError{err}
+	}
+	faults := allFaults(docs)
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		if faults == nil {
+			faults = []vmi.Fault{}
+		}
+		if err := enc.Encode(faults); err != nil {
+			return err
+		}
+	} else {
+		for _, f := range faults {
+			fmt.Fprintln(out, f)
+		}
+	}
+	if len(vmi.Errors(faults)) > 0 {
+		return inputError{silent{}}
+	}
+	return nil
+}
+
+// allFaults is what is wrong with the documents, and what is right but cannot
+// be served yet.
+func allFaults(docs vmi.Docs) []vmi.Fault {
+	faults := vmi.Validate(docs, vmi.Options{
+		ForbidBridge: docs.Cluster.PermitBridge != nil && !*docs.Cluster.PermitBridge,
+		ForbidSlirp:  docs.Cluster.PermitSlirp != nil && !*docs.Cluster.PermitSlirp,
+	})
+	return append(faults, vmi.Unsupported(docs)...)
+}
+
+// load reads, checks and plans the VMIs that the flags name. Warnings go to
+// errw; an error has a line for each fault.
+func load(o *options, errw io.Writer) ([]vmi.VM, error) {
+	docs, err := vmi.Load(append(append([]string{}, o.files...), o.nads...)...)
+	if err != nil {
+		return nil, inputError{err}
+	}
+	faults := allFaults(docs)
+	for _, f := range vmi.Warnings(faults) {
+		fmt.Fprintln(errw, "warning:", where(f))
+	}
+	var lines []string
+	for _, f := range vmi.Errors(faults) {
+		lines = append(lines, where(f))
+	}
+	if len(lines) > 0 {
+		return nil, inputError{errors.New(strings.Join(lines, "\n"))}
+	}
+	vms := vmi.Plan(docs)
+	if len(vms) == 0 {
+		return nil, badInput("%s: no VMI in it", strings.Join(o.files, ", "))
+	}
+	return vms, nil
+}
+
+func where(f vmi.Fault) string {
+	if w := f.Where(); w != "" {
+		return w + ": " + f.String()
+	}
+	return f.String()
+}
