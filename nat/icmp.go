@@ -293,21 +293,18 @@ func ipLength(f *frame.Frame) int {
 	return n
 }
 
-// fits says whether a frame may go to the hop as it is; otherwise it has got
-// its verdict.
-func (o *Outbound) fits(b *frame.Batch, f *frame.Frame, hop *frame.Hop) bool {
-	if hop.MTU <= 0 || ipLength(f) <= hop.MTU {
-		return true
+// fits says whether a packet may go where mtu, unless it is 0, is the limit
+// (RFC 4787 REQ-13). One that must not be fragmented has got its verdict, and
+// its sender, guest g or the outside if that is nil, is told. One that is to be
+// split once it is translated comes with the mtu.
+func (m *Masquerade) fits(b *frame.Batch, f *frame.Frame, g *guest, mtu int) (int, bool) {
+	if mtu <= 0 || ipLength(f) <= mtu {
+		return 0, true
 	}
-	return o.m.tooLong(b, f, o.g, hop.MTU)
-}
-
-// tooLong ends a frame that is longer than the next link takes (RFC 4787
-// REQ-13); g is its sender, nil the outside.
-func (m *Masquerade) tooLong(b *frame.Batch, f *frame.Frame, g *guest, mtu int) bool {
-	if f.FragField()&frame.DontFragment != 0 || f.GSOType() != frame.GSONone {
-		m.replyError(b, f, g, icmpUnreachable, unreachFragNeeded, mtu)
+	if f.FragField()&frame.DontFragment == 0 && f.GSOType() == frame.GSONone {
+		return mtu, true
 	}
+	m.replyError(b, f, g, icmpUnreachable, unreachFragNeeded, mtu)
 	f.Drop(frame.FragNeeded)
-	return false
+	return 0, false
 }

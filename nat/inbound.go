@@ -45,6 +45,12 @@ func (in *Inbound) frame(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 		f.Drop(frame.BadOffload)
 		return
 	}
+	if f.MoreFrags() && !f.Frag {
+		if reason := checkFragment(f); reason != frame.ReasonNone {
+			f.Drop(reason)
+			return
+		}
+	}
 	if f.TTL() == 0 {
 		f.Drop(frame.TTLExpired)
 		return
@@ -88,13 +94,17 @@ func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 		a := m.table.find(&k)
 		if !a.found() {
 			if a = in.open(b, f, u); !a.found() {
+				if f.MoreFrags() {
+					m.forget(&m.frags, fragKey(u.remote, f))
+				}
 				return
 			}
 		}
 		r.set(a, k0, k1)
 	}
 	g := m.guests[uint8(r.w1>>8)]
-	if !in.passes(b, f, g) {
+	mtu, ok := in.passes(b, f, g)
+	if !ok {
 		return
 	}
 	if f.Proto != frame.ProtoTCP || m.track(&r.ref, f, outside) {
@@ -102,24 +112,25 @@ func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 	}
 	r.count(f)
 	if f.MoreFrags() && hasPorts(f.Proto) {
-		defer in.firstFragment(b, f, r.ref, fragKey(u.remote, f))
+		in.firstFragment(b, f, &r.ref)
 	}
 	translate(f, ipDst, g.IP, field, uint16(r.w0>>16))
 	in.deliver(f, g, r.queue.Load())
+	if mtu != 0 {
+		split(b, f, mtu)
+	}
 }
 
 // passes says whether a packet may be passed on to the guest: it has hops left
-// and is not too long. Otherwise its sender is told.
-func (in *Inbound) passes(b *frame.Batch, f *frame.Frame, g *guest) bool {
+// and is not too long, or is to be split, as fits says. Otherwise its sender
+// is told.
+func (in *Inbound) passes(b *frame.Batch, f *frame.Frame, g *guest) (mtu int, ok bool) {
 	if f.TTL() <= 1 {
 		in.m.replyError(b, f, nil, icmpTimeExceeded, 0, 0)
 		f.Drop(frame.TTLExpired)
-		return false
+		return 0, false
 	}
-	if g.MTU > 0 && ipLength(f) > g.MTU {
-		return in.m.tooLong(b, f, nil, g.MTU)
-	}
-	return true
+	return in.m.fits(b, f, nil, g.MTU)
 }
 
 // deliver sends a translated frame to its guest.

@@ -92,6 +92,12 @@ func (o *Outbound) frame(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 		f.Drop(frame.BadOffload)
 		return
 	}
+	if f.MoreFrags() && !f.Frag {
+		if reason := checkFragment(f); reason != frame.ReasonNone {
+			f.Drop(reason)
+			return
+		}
+	}
 	if o.g.mac.Load() != src {
 		o.g.mac.Store(src)
 	}
@@ -153,6 +159,9 @@ func (o *Outbound) ip(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 		a := m.table.find(&k)
 		if !a.found() {
 			if a = o.open(b, f, u); !a.found() {
+				if f.MoreFrags() {
+					m.forget(&o.g.frags, fragKey(u.remote, f))
+				}
 				return
 			}
 		}
@@ -163,7 +172,8 @@ func (o *Outbound) ip(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 		m.refuse(b, f, o.g, unreachNet, frame.NoRoute)
 		return
 	}
-	if !o.fits(b, f, hop) {
+	mtu, ok := m.fits(b, f, o.g, hop.MTU)
+	if !ok {
 		return
 	}
 	if f.Proto != frame.ProtoTCP || m.track(&r.ref, f, guestSide) {
@@ -174,10 +184,13 @@ func (o *Outbound) ip(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 	}
 	r.count(f)
 	if f.MoreFrags() && hasPorts(f.Proto) {
-		defer o.firstFragment(b, f, r.ref, fragKey(u.remote, f), ext)
+		o.firstFragment(b, f, &r.ref, ext)
 	}
 	translate(f, ipSrc, ext, field, uint16(r.w0))
 	m.send(f, hop, b.Now)
+	if mtu != 0 {
+		split(b, f, mtu)
+	}
 }
 
 // send gives a translated frame its next hop.
@@ -244,19 +257,28 @@ func (m *Masquerade) refuse(b *frame.Batch, f *frame.Frame, g *guest, code uint8
 	f.Drop(reason)
 }
 
+// elsewhere says whether a packet is for somebody beyond the pod and the
+// guest's own network. Otherwise it has got its verdict.
+func (o *Outbound) elsewhere(f *frame.Frame) bool {
+	dst := f.DstIP4()
+	switch {
+	case o.m.isLocal(dst):
+		o.local(f)
+	case dst>>24 == 0, dst>>24 == 127, dst>>28 >= 0xe:
+		f.Drop(frame.Policy) // H105: nowhere, loopback, multicast, reserved, broadcast
+	case (dst^o.g.IP)&o.g.mask == 0:
+		f.Drop(frame.NoRoute) // nobody else lives there
+	default:
+		return true
+	}
+	return false
+}
+
 // open makes the flow of a packet that has none, or gives the packet its
 // verdict.
 func (o *Outbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 	m, g, dst := o.m, o.g, u.remote
-	switch {
-	case m.isLocal(dst):
-		o.local(f)
-		return ref{}
-	case dst>>24 == 0, dst>>24 == 127, dst>>28 >= 0xe:
-		f.Drop(frame.Policy) // H105: nowhere, loopback, multicast, reserved, broadcast
-		return ref{}
-	case (dst^g.IP)&g.mask == 0:
-		f.Drop(frame.NoRoute) // nobody else lives in the guest's network
+	if !o.elsewhere(f) {
 		return ref{}
 	}
 	for _, p := range m.cfg.Deny {
