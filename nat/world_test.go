@@ -203,7 +203,8 @@ func build(ls ...gopacket.SerializableLayer) packet {
 	if err != nil {
 		panic(err)
 	}
-	return packet{data: append([]byte(nil), b.Bytes()...)}
+	d := b.Bytes() // gopacket pads to 60 bytes
+	return packet{data: append([]byte(nil), d[:frame.EthernetLen+int(binary.BigEndian.Uint16(d[16:]))]...)}
 }
 
 func udp(f flow5, payload string) packet {
