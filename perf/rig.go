@@ -1,0 +1,199 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"sidewire/engine/enginetest"
+	"sidewire/engine/frame"
+	"sidewire/vhostuser/vhosttest"
+)
+
+// rig is a guest without a hypervisor on one path to a world's outside.
+type rig struct {
+	world  *enginetest.World
+	guest  *enginetest.NetNS
+	closes []func() error
+}
+
+var guestMAC = frame.MAC{0x02, 0, 0, 0, 0xaa, 0x01}
+
+const vmiYAML = `kind: VirtualMachineInstance
+metadata: {name: vm}
+spec:
+  domain:
+    devices:
+      interfaces:
+      - name: red
+        masquerade: {}
+  networks:
+  - name: red
+    pod: {}
+`
+
+func (r *rig) onClose(f func() error) { r.closes = append(r.closes, f) }
+
+func (r *rig) close() {
+	for i := len(r.closes) - 1; i >= 0; i-- {
+		if err := r.closes[i](); err != nil {
+			fmt.Fprintln(os.Stderr, "perf: clean up:", err)
+		}
+	}
+}
+
+// newRig makes the world and the guest's namespace.
+func newRig(mtu int) (r *rig, err error) {
+	r = &rig{}
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	name := fmt.Sprintf("sw-perf-%d", os.Getpid())
+	if r.world, err = enginetest.CreateWorld(enginetest.WorldOptions{Name: name, MTU: mtu}); err != nil {
+		return r, err
+	}
+	r.onClose(r.world.Close)
+	if r.guest, err = enginetest.CreateNetNS(name + "-vm"); err != nil {
+		return r, err
+	}
+	r.onClose(r.guest.Close)
+	stop, err := iperfServer(r.world.Outside, enginetest.OutsideIP)
+	if err != nil {
+		return r, err
+	}
+	r.onClose(func() error { stop(); return nil })
+	return r, nil
+}
+
+// configure gives the guest's eth0 what DHCP would.
+func (r *rig) configure(mtu int) error {
+	return errors.Join(r.guest.SetMTU("eth0", mtu), r.guest.Up("eth0"), r.guest.Addr("eth0", "10.0.2.2/24"), r.guest.Route("default", "10.0.2.1"))
+}
+
+// buildSidewire builds the program that is measured.
+func buildSidewire(ctx context.Context) (path string, cleanup func(), err error) {
+	dir, err := os.MkdirTemp("", "swperf")
+	if err != nil {
+		return "", nil, err
+	}
+	cleanup = func() { _ = os.RemoveAll(dir) }
+	path = filepath.Join(dir, "sidewire")
+	out, err := exec.CommandContext(ctx, "go", "build", "-o", path, "./cmd/sidewire").CombinedOutput()
+	if err != nil {
+		cleanup()
+		return "", nil, fmt.Errorf("build: %w: %s", err, out)
+	}
+	return path, cleanup, nil
+}
+
+// openSidewire puts the guest behind a sidewire of its own.
+func openSidewire(_ context.Context, binary string, mtu int) (r *rig, err error) {
+	if r, err = newRig(mtu); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	dir, err := os.MkdirTemp("", "sw")
+	if err != nil {
+		return nil, err
+	}
+	r.onClose(func() error { return os.RemoveAll(dir) })
+	vmi := filepath.Join(dir, "vmi.yaml")
+	if err := os.WriteFile(vmi, []byte(vmiYAML), 0o644); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(binary, "run", "-f", vmi, "--netns", r.world.Pod.Path, "--socket-dir", dir, "--resolv-conf", r.world.ResolvConf)
+	cmd.Args = append(cmd.Args, strings.Fields(os.Getenv("SIDEWIRE_FLAGS"))...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	r.onClose(func() error {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		return cmd.Wait()
+	})
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+		return nil, fmt.Errorf("sidewire is not ready: %q %v", line, err)
+	}
+	tap, err := vhosttest.StartTapGuest(vhosttest.TapOptions{
+		Options: vhosttest.Options{Path: filepath.Join(dir, "vm", "red.sock"), MAC: guestMAC}, NetNS: r.guest.Path,
+	})
+	if err != nil {
+		return nil, err
+	}
+	r.onClose(tap.Close)
+	return r, r.configure(mtu)
+}
+
+// openKernel puts the guest behind the kernel's own masquerade, its frames
+// copied from its tap into one in the pod.
+func openKernel(_ context.Context, mtu int) (r *rig, err error) {
+	if r, err = newRig(mtu); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			r.close()
+		}
+	}()
+	pair, err := vhosttest.StartTapPair(
+		vhosttest.Tap{NetNS: r.guest.Path, MTU: mtu, MAC: guestMAC},
+		vhosttest.Tap{NetNS: r.world.Pod.Path, Name: enginetest.KernelTap, MTU: mtu}, 1)
+	if err != nil {
+		return nil, err
+	}
+	r.onClose(pair.Close)
+	if err := r.world.KernelMasquerade(); err != nil {
+		return nil, err
+	}
+	return r, r.configure(mtu)
+}
+
+// stream runs one TCP stream and returns Gbit/s and the processor seconds that
+// the whole machine spent per GB.
+func (r *rig) stream(ctx context.Context, seconds int, reverse bool) (gbps, cpu float64, err error) {
+	// The first packets resolve neighbours on both sides.
+	_ = r.guest.Run("ping", "-c", "1", "-W", "2", enginetest.OutsideIP)
+	before := busy()
+	s, err := iperfClient(ctx, r.guest, enginetest.OutsideIP, seconds, reverse)
+	if err != nil {
+		return 0, 0, err
+	}
+	spent := busy() - before
+	gb := s.Gbps * float64(seconds) / 8
+	return s.Gbps, spent / gb, nil
+}
+
+// busy is the processor seconds that the machine has spent working.
+func busy() float64 {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	line, _, _ := strings.Cut(string(b), "\n")
+	f := strings.Fields(line)
+	var ticks float64
+	for i, v := range f[1:] {
+		n, _ := strconv.ParseFloat(v, 64)
+		if i != 3 && i != 4 { // idle, iowait
+			ticks += n
+		}
+	}
+	return ticks / 100 // USER_HZ
+}
