@@ -24,7 +24,7 @@ const deadline = 5 * time.Second
 // rig is a world whose pod is taken over, with the queues of its sink.
 type rig struct {
 	*enginetest.World
-	t      *testing.T
+	t      testing.TB
 	pod    *Pod
 	up     *Uplink
 	out    *Uplink // the outside's view of its end of the veth pair
@@ -34,7 +34,7 @@ type rig struct {
 	left   map[source][]received // pulled, but not looked at yet
 }
 
-func newRig(t *testing.T, ports ...Port) *rig {
+func newRig(t testing.TB, ports ...Port) *rig {
 	t.Helper()
 	enginetest.Need(t, "root", "netns", "tun")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
@@ -204,7 +204,6 @@ func state(t testing.TB, ns *enginetest.NetNS) string {
 	}))
 	return s
 }
-
 
 // in is the queue of the sink.
 func (r *rig) in() source { return r.up.Queues()[0] }
