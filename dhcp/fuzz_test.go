@@ -73,6 +73,7 @@ func hostiles(t testing.TB) []hostile {
 			return append(m[:offOption], 53, 1, 1, 52, 1, 1, 255)
 		}), frame.BadDHCP},
 		{"H089 1,000 options", options(append(append([]byte{53, 1, 1}, bytes.Repeat([]byte{12, 0}, 1000)...), 255)...), frame.BadDHCP},
+		{"H089 129 options", options(append(append([]byte{53, 1, 1}, bytes.Repeat([]byte{12, 0}, 128)...), 255)...), frame.BadDHCP},
 		{"H089 too long", options(append(append([]byte{53, 1, 1}, make([]byte, 4000)...), 255)...), frame.BadDHCP},
 		{"H089 server id of 3 bytes", options(53, 1, 3, 54, 3, 1, 2, 3, 255), frame.BadDHCP},
 		{"H089 address of 5 bytes", options(53, 1, 3, 50, 5, 1, 2, 3, 4, 5, 255), frame.BadDHCP},

@@ -50,7 +50,7 @@ func (s *Server) Export() State {
 
 // Import takes up a state that Export returned. It refuses, without a change,
 // one of another version and one with a lease that this server's configuration
-// does not give; a lease that has expired is left out.
+// does not give.
 func (s *Server) Import(st State) error {
 	if st.Version != stateVersion {
 		return fmt.Errorf("dhcp: import state: version %d, want %d", st.Version, stateVersion)
@@ -66,10 +66,8 @@ func (s *Server) Import(st State) error {
 		if len(l.ClientID) > maxEcho {
 			return fmt.Errorf("dhcp: import state: client identifier of %d bytes", len(l.ClientID))
 		}
-		if o.Now().Before(l.Expiry) {
-			l.Hostname, l.ClientID = printable([]byte(l.Hostname)), slices.Clone(l.ClientID)
-			lease = &l
-		}
+		l.Hostname, l.ClientID = printable([]byte(l.Hostname)), slices.Clone(l.ClientID)
+		lease = &l
 	}
 	s.lease = lease
 	return nil

@@ -221,6 +221,36 @@ func TestOverload(t *testing.T) {
 	}
 }
 
+// Wherever the border between the fields falls, the answer is whole: its length
+// within the limit, each field with its END and nothing behind it.
+func TestOverloadBorders(t *testing.T) {
+	for n := 1; n < 500; n++ {
+		cfg := Config{Port: guestPort, Address: netip.PrefixFrom(guestIP, 24), ServerIP: serverIP,
+			BootFileName: strings.Repeat("b", 100)}
+		for i, left := 0, n; left > 0; i, left = i+1, left-40 {
+			cfg.Private = append(cfg.Private, PrivateOption{uint8(firstPrivate + i), strings.Repeat("p", min(left, 40))})
+		}
+		a := newBench(t, cfg).mustAnswer(selecting(t), dhcpv4.MessageTypeAck)
+		require.LessOrEqual(t, int(a.ip.Length), minDatagram)
+		over := a.Options[optOverload]
+		if len(over) == 1 && over[0]&overloadFile != 0 {
+			_, tail, _ := bytes.Cut(a.raw[offFile:offCookie], []byte{optEnd})
+			require.Empty(t, bytes.Trim(tail, "\x00"))
+		}
+	}
+}
+
+// What a relay agent added is returned where it looks, in the options field,
+// or not at all; what does not fit is counted.
+func TestEchoOverflow(t *testing.T) {
+	n := newBench(t, masquerade())
+	m := message(t, msgDiscover, opt(optClientID, make([]byte, 255)...), opt(optRelay, make([]byte, 60)...))
+	a := n.mustAnswer(broadcastFrame(m), dhcpv4.MessageTypeOffer)
+	assert.Len(t, a.Options[optClientID], 255)
+	assert.NotContains(t, a.Options, uint8(optRelay))
+	assert.NotZero(t, n.s.Stats().Truncated)
+}
+
 // RFC 3396: a value over 255 bytes is split, and the codec joins it again.
 func TestLongOption(t *testing.T) {
 	for _, n := range []int{1, 254, 255, 256, 510, 511, 700} {

@@ -114,6 +114,10 @@ func TestNak(t *testing.T) {
 	assert.Equal(t, addr(allOnes), a.ip.DstIP.To4(), "always broadcast")
 	assert.Equal(t, net.HardwareAddr(frame.Broadcast[:]), a.eth.DstMAC)
 
+	renew := message(t, msgRequest, dhcpv4.WithClientIP(net.IP{10, 0, 2, 9}))
+	a = n.mustAnswer(unicastFrame(renew), dhcpv4.MessageTypeNak)
+	assert.Equal(t, addr(allOnes), a.ip.DstIP.To4(), "also where ciaddr is given")
+
 	m.GatewayIPAddr = net.IP{10, 0, 2, 9}
 	a = n.mustAnswer(broadcastFrame(m), dhcpv4.MessageTypeNak)
 	assert.True(t, a.IsBroadcast(), "the relay must broadcast it")
@@ -344,6 +348,14 @@ func TestPassesOver(t *testing.T) {
 		assert.EqualValues(t, 3, n.b.Frame(0).Out)
 		assert.Equal(t, frame.Spoofed, n.b.Frame(1).Reason)
 	})
+	t.Run("GSO", func(t *testing.T) {
+		n := newBench(t, masquerade())
+		enginetest.Fill(n.b, broadcastFrame(message(t, msgDiscover)))
+		n.b.Frame(0).GSO = frame.GSOUDPL4
+		n.s.Process(n.b)
+		assert.Equal(t, 1, n.b.Len())
+		assert.Equal(t, frame.ReasonNone, n.b.Frame(0).Reason)
+	})
 	t.Run("another MAC", func(t *testing.T) {
 		c := masquerade()
 		c.MACs = []frame.MAC{guestMAC}
@@ -354,6 +366,22 @@ func TestPassesOver(t *testing.T) {
 		assert.Equal(t, frame.ReasonNone, in[0].Reason)
 		n.mustAnswer(broadcastFrame(message(t, msgDiscover)), dhcpv4.MessageTypeOffer)
 	})
+}
+
+// A message may be sent to the broadcast address of the network, where it has
+// one (RFC 919, RFC 3021).
+func TestDirectedBroadcast(t *testing.T) {
+	for prefix, to := range map[string]string{"10.0.2.2/24": "10.0.2.255", "10.0.2.2/30": "10.0.2.3"} {
+		c := masquerade()
+		c.Address = netip.MustParsePrefix(prefix)
+		m := message(t, msgDiscover).ToBytes()
+		newBench(t, c).mustAnswer(wrap(m, guestIP, netip.MustParseAddr(to)), dhcpv4.MessageTypeOffer)
+	}
+	c := masquerade()
+	c.Address = netip.MustParsePrefix("10.0.2.2/31")
+	in, out := newBench(t, c).process(wrap(message(t, msgDiscover).ToBytes(), guestIP, netip.MustParseAddr("10.0.2.3")))
+	assert.Empty(t, out)
+	assert.Equal(t, frame.Drop, in[0].Out)
 }
 
 // A guest's driver leaves the checksum to the device; a wrong one is refused.
