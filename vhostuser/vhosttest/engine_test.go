@@ -174,3 +174,59 @@ func BenchmarkTap(b *testing.B) {
 		run(b, x, y)
 	})
 }
+
+// The backend dials, goes away and comes back; the guest goes on from its used
+// rings (T14).
+func TestListenAndReconnect(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "l.sock")
+	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	backend := func() (d *vhostuser.Device, stop func()) {
+		d, err := vhostuser.NewDevice(vhostuser.Config{Name: "guest", Path: path, Client: true, Log: quiet})
+		require.NoError(t, err)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() { defer close(done); d.Serve(ctx) }()
+		return d, func() { d.Close(); cancel(); <-done }
+	}
+	d, stop := backend()
+	g := connect(t, Options{Path: path, Listen: true})
+	pull := func(want []byte) {
+		b := new(frame.Batch)
+		enginetest.Eventually(t, soon, func() bool { b.Reset(0); return d.Pairs()[0].Pull(b) == 1 })
+		require.Equal(t, want, b.Frame(0).Bytes())
+		d.Push(0, []*frame.Frame{b.Frame(0)})
+		d.Pairs()[0].Release(b)
+		p, err := g.Recv(0, soon)
+		require.NoError(t, err)
+		require.Equal(t, want, p.Bytes)
+	}
+	require.NoError(t, g.Send(0, enginetest.Payload(60, 1), frame.Offload{}))
+	pull(enginetest.Payload(60, 1))
+	stop()
+	require.True(t, g.Closed(soon))
+	require.NoError(t, g.Send(0, enginetest.Payload(61, 2), frame.Offload{}))
+	d, stop = backend()
+	defer stop()
+	require.NoError(t, g.Reconnect())
+	pull(enginetest.Payload(61, 2))
+	require.NoError(t, g.Send(0, enginetest.Payload(62, 3), frame.Offload{}))
+	pull(enginetest.Payload(62, 3))
+}
+
+func TestControlQueueOfOurBackend(t *testing.T) {
+	paths, _ := wire(t, 2, 1)
+	g := connect(t, Options{Path: paths[0], QueuePairs: 2, Features: LinuxFeatures | FeatCtrlVQ | FeatCtrlRx,
+		ProtocolFeatures: QEMUProtocol | ProtoConfig})
+	if g.Ctrl == nil {
+		t.Skip("the backend offers no control queue")
+	}
+	for _, c := range []struct {
+		class, cmd uint8
+		data       []byte
+		ack        uint8
+	}{{4, 0, []byte{2, 0}, 0}, {4, 0, []byte{1, 0}, 0}, {4, 0, []byte{0, 0}, 1}, {99, 0, nil, 1}} {
+		ack, err := g.Control(c.class, c.cmd, c.data, soon)
+		require.NoError(t, err)
+		assert.Equal(t, c.ack, ack, c)
+	}
+}

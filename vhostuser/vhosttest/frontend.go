@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,6 +31,8 @@ type Frontend struct {
 	conn *net.UnixConn
 	mu   sync.Mutex // guards the conversation on conn and ack
 	ack  bool       // REPLY_ACK was negotiated
+
+	logReply atomic.Bool // LOG_SHMFD was negotiated
 }
 
 // NewFrontend speaks on a connected socket, which it owns from then on.

@@ -24,7 +24,8 @@ type Guest struct {
 	Backend  *BackendChannel // nil if not negotiated
 
 	rx, tx   []*buffers
-	ctrlAt   uint64
+	ctrlAt   uint64 // room for control commands
+	attackAt uint64 // room for attacks, once there was one
 	listener *Listener
 	running  bool
 }

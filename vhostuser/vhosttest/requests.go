@@ -58,6 +58,7 @@ func (f *Frontend) SetProtocolFeatures(v uint64) error {
 		return err
 	}
 	f.SetReplyAck(v&ProtoReplyAck != 0)
+	f.logReply.Store(v&ProtoLogShmfd != 0)
 	return nil
 }
 
@@ -195,9 +196,12 @@ func (f *Frontend) SetConfig(offset int, b []byte) error {
 	return f.Do(ReqSetConfig, append(U32s(uint32(offset), uint32(len(b)), 0), b...))
 }
 
-// SetLogBase gives the backend the dirty bitmap. With LOG_SHMFD it answers
-// with a value of its own, whatever REPLY_ACK says.
+// SetLogBase gives the backend the dirty bitmap. With LOG_SHMFD negotiated it
+// answers whatever REPLY_ACK says.
 func (f *Frontend) SetLogBase(size, offset uint64, fd int) error {
+	if !f.logReply.Load() {
+		return f.Do(ReqSetLogBase, U64(size, offset), fd)
+	}
 	_, err := f.callU64(ReqSetLogBase, U64(size, offset), fd)
 	return err
 }

@@ -198,6 +198,23 @@ func (r *Ring) RawUsed(slot int) (id, n uint32) {
 	return binary.LittleEndian.Uint32(e), binary.LittleEndian.Uint32(e[4:])
 }
 
+// RawPost stages a head, whatever it is. What comes back for it is taken by
+// RawReap.
+func (r *Ring) RawPost(head uint16) {
+	r.RawAvail(int(r.idx), head)
+	r.idx++
+}
+
+// RawReap takes the next used element as it is.
+func (r *Ring) RawReap() (id, n uint32, ok bool) {
+	if r.UsedIdx() == r.lastUsed {
+		return 0, 0, false
+	}
+	id, n = r.RawUsed(int(r.lastUsed))
+	r.lastUsed++
+	return id, n, true
+}
+
 // Post makes a chain of the buffers and stages it. It returns the chain's head.
 func (r *Ring) Post(bufs ...Buf) (uint16, error) {
 	if len(bufs) == 0 || len(bufs) > len(r.free) {
