@@ -64,6 +64,9 @@ func (q *Queue) NeedsNotify() bool {
 // available, and reports whether one is there already (or the queue is
 // Broken), in which case no kick may come and the owner must not sleep.
 func (q *Queue) EnableNotify() (more bool) {
+	if q.err != nil {
+		return true
+	}
 	if q.cfg.EventIdx {
 		storeEvent(q.availEvent, q.next)
 		// A full barrier: the plain store above comes before the load in look.
