@@ -96,7 +96,7 @@ type VM struct {
 // last lines of the console.
 func StartGuest(o GuestOptions) (*VM, error) {
 	args := []string{"-kernel", o.Kernel, "-initrd", o.Initramfs, "-append",
-		strings.TrimSpace("console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check " + o.Append)}
+		strings.TrimSpace("console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off " + o.Append)}
 	vm, err := startQEMU(o, args)
 	if err != nil || o.BootTimeout < 0 {
 		return vm, err
