@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -130,6 +131,54 @@ func (p *Pod) makeTables() error {
 	return p.fillPorts()
 }
 
+// seed notes the flows that the pod's processes have already.
+func (p *Pod) seed(socks []socket) error {
+	var elems []nftables.SetElement
+	for _, s := range socks {
+		if s.local.Addr() != p.c.Pod || !s.remote.Addr().Is4() || s.remote.Port() == 0 || s.state == tcpListen && s.proto == frame.ProtoTCP {
+			continue
+		}
+		key := append(s.remote.Addr().AsSlice(), s.proto, 0, 0, 0)
+		key = append(binary.BigEndian.AppendUint16(key, s.local.Port()), 0, 0)
+		key = append(binary.BigEndian.AppendUint16(key, s.remote.Port()), 0, 0)
+		idle := udpIdle
+		if s.proto == frame.ProtoTCP {
+			idle = tcpIdle
+		}
+		if s.proto == frame.ProtoTCP && s.state == tcpTimeWait {
+			idle = tcpBrief
+		}
+		elems = append(elems, nftables.SetElement{Key: key, Timeout: idle})
+	}
+	flows := &nftables.Set{Table: p.netdevTable(), Name: "flows", KeyType: typeFlow, HasTimeout: true}
+	return addElements(flows, elems)
+}
+
+// addElements puts elements into a set, in messages that are not too long.
+func addElements(s *nftables.Set, elems []nftables.SetElement) error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("nftables: %w", err)
+	}
+	if err := appendElements(c, s, elems); err != nil {
+		return err
+	}
+	if err := c.Flush(); err != nil {
+		return nftError(err)
+	}
+	return nil
+}
+
+func appendElements(c *nftables.Conn, s *nftables.Set, elems []nftables.SetElement) error {
+	const most = 500 // an attribute holds less than 64 KiB
+	for chunk := range slices.Chunk(elems, most) {
+		if err := c.SetAddElements(s, chunk); err != nil {
+			return fmt.Errorf("nftables set %s: %w", s.Name, err)
+		}
+	}
+	return nil
+}
+
 // nftError says what a refused transaction may want.
 func nftError(err error) error {
 	switch {
@@ -148,8 +197,6 @@ func (p *Pod) portSet(t *nftables.Table) *nftables.Set {
 
 // fillPorts makes the port sets hold exactly the published ports, at once.
 func (p *Pod) fillPorts() error {
-	// A message's attribute holds less than 64 KiB.
-	const chunk = 500
 	c, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
@@ -162,12 +209,8 @@ func (p *Pod) fillPorts() error {
 			key := binary.BigEndian.AppendUint16([]byte{port.Proto, 0, 0, 0}, port.Port)
 			elems = append(elems, nftables.SetElement{Key: append(key, 0, 0)})
 		}
-		for len(elems) > 0 {
-			n := min(len(elems), chunk)
-			if err := c.SetAddElements(s, elems[:n]); err != nil {
-				return fmt.Errorf("nftables ports: %w", err)
-			}
-			elems = elems[n:]
+		if err := appendElements(c, s, elems); err != nil {
+			return err
 		}
 	}
 	if err := c.Flush(); err != nil {

@@ -65,8 +65,9 @@ type Pod struct {
 	index int // the sink's
 	tap   *Tap
 	mtu   int
+	bound boundPorts
 
-	mu    sync.Mutex    // guards ports and the rules in the kernel
+	mu    sync.Mutex    // guards ns, ports and the rules in the kernel
 	ports map[Port]bool // nil: everything
 }
 
@@ -101,6 +102,7 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 	if p.ns, err = openNS(); err != nil {
 		return p, err
 	}
+	p.bound.now.Store(readBound(readSockets()))
 	if err := p.setupSink(); err != nil {
 		return p, err
 	}
@@ -173,6 +175,9 @@ func (p *Pod) install() error {
 		}
 	}
 	if err := p.reserve(); err != nil {
+		return err
+	}
+	if err := p.seed(readSockets()); err != nil {
 		return err
 	}
 	return p.setRules()
@@ -293,6 +298,8 @@ func (p *Pod) all() bool { return p.ports == nil }
 // Restore puts back everything that Takeover changed. No worker may use the
 // tap any more.
 func (p *Pod) Restore() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	var errs []error
 	if p.ns >= 0 {
 		errs = append(errs, inNS(p.ns, func() error { return cleanup(p.c.Link) }), unix.Close(p.ns))

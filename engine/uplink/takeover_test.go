@@ -3,6 +3,7 @@ package uplink
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -410,4 +411,74 @@ func TestNames(t *testing.T) {
 		require.Less(t, len(sinkName(n)), unix.IFNAMSIZ)
 	}
 	require.NotEqual(t, sinkName("pod72ad293a5c9"), sinkName("pod72ad293a5c8"))
+}
+
+// Connections that were there before stay with the pod.
+func TestOlderConnectionsStay(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	l, err := w.Outside.Listen("tcp4", enginetest.OutsideIP+":7")
+	require.NoError(t, err)
+	defer l.Close()
+	c, err := w.Pod.Dial("tcp4", enginetest.OutsideIP+":7", deadline)
+	require.NoError(t, err)
+	defer c.Close()
+	peer, err := l.Accept()
+	require.NoError(t, err)
+	defer peer.Close()
+	var p *Pod
+	enginetest.Must(t, w.Pod.Do(func() (err error) {
+		p, err = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+		return err
+	}))
+	defer p.Restore()
+	_, err = peer.Write([]byte("hello"))
+	require.NoError(t, err)
+	require.NoError(t, c.SetReadDeadline(time.Now().Add(deadline)))
+	b := make([]byte, 5)
+	_, err = io.ReadFull(c, b)
+	require.NoError(t, err)
+	require.Equal(t, "hello", string(b))
+}
+
+func TestPortFree(t *testing.T) {
+	r := newRig(t)
+	free := func(proto uint8, port uint16, want bool) {
+		t.Helper()
+		require.Eventually(t, func() bool { return r.pod.PortFree(proto, port) == want }, deadline, 10*time.Millisecond)
+	}
+	free(frame.ProtoTCP, 50000, true)
+	l, err := r.Pod.Listen("tcp", ":50000")
+	require.NoError(t, err)
+	free(frame.ProtoTCP, 50000, false)
+	free(frame.ProtoUDP, 50000, true)
+	pc, err := r.Pod.ListenPacket("udp4", enginetest.PodIP+":50000")
+	require.NoError(t, err)
+	defer pc.Close()
+	lo, err := r.Pod.Listen("tcp4", "127.0.0.1:50001")
+	require.NoError(t, err)
+	defer lo.Close()
+	free(frame.ProtoUDP, 50000, false)
+	require.True(t, r.pod.PortFree(frame.ProtoTCP, 50001), "loopback is nobody's business")
+	require.NoError(t, l.Close())
+	free(frame.ProtoTCP, 50000, true)
+	require.True(t, r.pod.PortFree(frame.ProtoICMP, 50000))
+	require.Zero(t, testing.AllocsPerRun(10, func() { r.pod.PortFree(frame.ProtoTCP, 1) }))
+}
+
+func TestParseSocket(t *testing.T) {
+	for line, want := range map[string]string{
+		"0: 0100007F:0035 00000000:0000 0A 00000000:0":                                            "127.0.0.1:53 0.0.0.0:0 10",
+		"1: 0501F40A:9C40 0101F40A:0050 01 0":                                                     "10.244.1.5:40000 10.244.1.1:80 1",
+		"2: 00000000000000000000000000000000:1F90 00000000000000000000000000000000:0000 0A":       "[::]:8080 [::]:0 10",
+		"3: 0000000000000000FFFF00000501F40A:0016 0000000000000000FFFF00000101F40A:8000 01 00000": "10.244.1.5:22 10.244.1.1:32768 1",
+	} {
+		s, ok := parseSocket(line)
+		require.True(t, ok, line)
+		require.Equal(t, want, fmt.Sprint(s.local, " ", s.remote, " ", s.state))
+	}
+	for _, line := range []string{"", "sl local_address rem_address st", "0: 01:0 02:0 01", "0: xx:0035 00000000:0000 0A", "1: 0100007F 00000000:0 0A"} {
+		_, ok := parseSocket(line)
+		require.False(t, ok, line)
+	}
 }
