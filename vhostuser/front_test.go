@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -71,8 +72,17 @@ func eventfd(t testing.TB) int {
 // quiet is a log for nobody.
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 
+// turn is held where a worker would be in a turn, by tests that are the worker.
+var turn sync.Mutex
+
 func newDevice(t testing.TB, c Config) *Device {
 	t.Helper()
+	if c.Barrier == nil {
+		c.Barrier = func() {
+			turn.Lock()
+			defer turn.Unlock()
+		}
+	}
 	if c.Log == nil {
 		c.Log = quiet
 	}
@@ -368,6 +378,8 @@ func pushBatch(d *Device, b *frame.Batch) []frame.Frame {
 
 // pull takes one batch from a pair and returns copies of its frames.
 func pull(p *Pair) (out [][]byte, offloads []frame.Offload) {
+	turn.Lock()
+	defer turn.Unlock()
 	var b frame.Batch
 	b.Reset(0)
 	if p.Pull(&b) == 0 {

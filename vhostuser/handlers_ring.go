@@ -133,9 +133,9 @@ func (s *session) setVringKick(m *message) error {
 	r.closeKick()
 	r.kick = fd
 	r.started, r.reported = true, false
-	r.broken.Store(false)
-	if r.q != nil && r.q.Err() != nil {
+	if r.broken.Load() {
 		s.dev.pause(r)
+		r.broken.Store(false)
 	}
 	s.dev.resume(r)
 	return nil

@@ -153,7 +153,7 @@ func (r *ring) publish() {
 	case d.isCtrl(r):
 		d.ctrl.watch(r)
 	case r.pair == nil:
-	case r.q == nil:
+	case r.q == nil || r.broken.Load():
 		if r.isTx() {
 			r.pair.tx.Store(nil)
 		} else {
@@ -165,7 +165,7 @@ func (r *ring) publish() {
 			q: r.q, ring: r, hdr: d.headerLen(), feats: d.features, max: d.maxFrame(),
 			enabled: r.enabled, onEmpty: d.features&featNotifyOnEmpty != 0,
 		})
-		if r.broken.Load() { // the data path stopped it meanwhile
+		if r.broken.Load() { // a fault came in between
 			r.pair.tx.Store(nil)
 		}
 		if err := r.pair.watch(r.kick); err != nil {
@@ -174,7 +174,7 @@ func (r *ring) publish() {
 		r.pair.wake()
 	default:
 		q := r.q
-		if !r.enabled || r.broken.Load() {
+		if !r.enabled {
 			q = nil
 		}
 		r.pair.rx.set(q, r, d.guestFeatures())
