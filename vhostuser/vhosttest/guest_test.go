@@ -8,6 +8,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
@@ -247,4 +248,27 @@ func TestRawMessages(t *testing.T) {
 	assert.True(t, f.Closed(soon))
 	assert.False(t, slices.Contains(b.requests(), uint32(ReqGetFeatures)))
 	require.ErrorIs(t, f.Do(ReqSetOwner, nil), ErrClosed)
+}
+
+func TestSentHeaderHasNoNumBuffers(t *testing.T) { // H075 is the guest's to abuse, not ours
+	g := connect(t, Options{Path: startLoopback(t, &loopback{}), RingSize: 2})
+	require.NoError(t, g.Stop())
+	for i := range uint16(2) {
+		copy(g.Mem.At(g.tx[0].gpa(i), 12)[10:], []byte{0xff, 0xff})
+	}
+	require.NoError(t, g.Stage(0, enginetest.Payload(60, 1), frame.Offload{}))
+	at := g.tx[0].gpa(g.tx[0].byHead[g.tx[0].avail[4]])
+	assert.Equal(t, []byte{0, 0}, g.Mem.At(at, 12)[10:])
+}
+
+func TestSignalOfFullEventfd(t *testing.T) { // T20
+	fd, err := newEventfd()
+	require.NoError(t, err)
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, U64(1<<64-2))
+	require.NoError(t, err)
+	assert.NoError(t, signal(fd))
+	drainEventfd(fd)
+	assert.NoError(t, signal(fd))
+	assert.NoError(t, waitReadable(fd, time.Now().Add(soon)))
 }

@@ -213,3 +213,44 @@ func TestTapAllocs(t *testing.T) {
 	assert.GreaterOrEqual(t, p.n.TxFrames, frames)
 	assert.Equal(t, frames, p.n.RxFrames+p.n.RxDropped)
 }
+
+// A tap queue without room leaves frames in the tap, asks for the interrupt of
+// the tx ring, and goes on once the device has used a chain. What it sends has
+// no num_buffers.
+func TestTapQueueWithoutRoom(t *testing.T) {
+	ns, g := mirroredGuest(t, &loopback{}, Options{RingSize: 2})
+	require.NoError(t, g.Pause())
+	require.NoError(t, g.Guest.Stop())
+	tx := g.Guest.tx[0]
+	tx.reset()
+	for i := range uint16(2) {
+		copy(g.Guest.Mem.At(tx.gpa(i), 12)[10:], []byte{0xff, 0xff})
+	}
+	p := newTapQueue(g.Guest, 0, g.taps[0])
+	var out net.Conn
+	require.NoError(t, ns.Do(func() (err error) { out, err = net.Dial("udp", "192.0.2.2:9"); return err }))
+	defer out.Close()
+	for range 3 {
+		_, err := out.Write([]byte("hello"))
+		require.NoError(t, err)
+	}
+	enginetest.Eventually(t, soon, func() bool {
+		_, err := p.move()
+		require.NoError(t, err)
+		return p.full
+	})
+	assert.EqualValues(t, 2, p.n.TxFrames)
+	for i := range uint16(2) {
+		assert.Equal(t, []byte{0, 0}, g.Guest.Mem.At(tx.gpa(i), 12)[10:])
+	}
+	tx.usedEvent.Store(77)
+	p.arm()
+	assert.EqualValues(t, tx.lastUsed, tx.usedEvent.Load(), "the interrupt is asked for")
+
+	copy(tx.used[4:], U32s(uint32(binary.LittleEndian.Uint16(tx.avail[4:])), 0))
+	tx.usedWord.Store(1 << 16)
+	assert.True(t, p.arm())
+	_, err := p.move()
+	require.NoError(t, err)
+	assert.EqualValues(t, 3, p.n.TxFrames)
+}
