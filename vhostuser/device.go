@@ -90,6 +90,17 @@ func (s State) String() string { return stateNames[s] }
 // MarshalText makes states readable in JSON.
 func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
+// UnmarshalText reads what MarshalText wrote.
+func (s *State) UnmarshalText(b []byte) error {
+	for i, name := range stateNames {
+		if name == string(b) {
+			*s = State(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("no device state %q", b)
+}
+
 // Device is the backend of one virtio-net device. It satisfies the engine's
 // Port; its methods are safe for concurrent use.
 type Device struct {

@@ -74,7 +74,13 @@ func (s *session) addMemReg(m *message) error {
 	if len(m.fds) != 1 || len(d.regions) >= guestmem.MaxRegions {
 		return fmt.Errorf("%w: %d descriptors, %d regions already", ErrRefused, len(m.fds), len(d.regions))
 	}
-	r, err := mapRegion(m.fds[0], decodeSpec(m.data[8:]))
+	sp := decodeSpec(m.data[8:])
+	// QEMU before 8.2 sends every region once for each queue pair. The same
+	// region again changes nothing; its descriptor is closed with the message.
+	if d.findRegion(sp) >= 0 {
+		return nil
+	}
+	r, err := mapRegion(m.fds[0], sp)
 	if err != nil {
 		return err
 	}
@@ -90,14 +96,20 @@ func (s *session) addMemReg(m *message) error {
 // says; the descriptor that may come along is closed with the message.
 func (s *session) remMemReg(m *message) error {
 	d, sp := s.dev, decodeSpec(m.data[8:])
-	i := slices.IndexFunc(d.regions, func(r region) bool {
-		have := r.Spec()
-		return have.GPA == sp.GPA && have.UserAddr == sp.UserAddr && have.Size == sp.Size
-	})
+	i := d.findRegion(sp)
 	if i < 0 {
 		return fmt.Errorf("%w: no region at %#x", ErrRefused, sp.GPA)
 	}
 	return d.setMemory(slices.Delete(slices.Clone(d.regions), i, i+1), d.regions[i:i+1])
+}
+
+// findRegion returns the index of the region with these addresses and this
+// size, or -1.
+func (d *Device) findRegion(sp guestmem.Spec) int {
+	return slices.IndexFunc(d.regions, func(r region) bool {
+		have := r.Spec()
+		return have.GPA == sp.GPA && have.UserAddr == sp.UserAddr && have.Size == sp.Size
+	})
 }
 
 // setMemory makes rs the guest's memory. The rings go on in it where they

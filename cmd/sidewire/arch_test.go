@@ -34,7 +34,7 @@ var mayImport = map[string][]string{
 	},
 	"nat":                {"engine/frame"},
 	"dhcp":               {"engine/frame"},
-	"cmd/sidewire-guest": {},
+	"cmd/sidewire-guest": {"engine/enginetest"},
 	"cmd/sidewire":       {"*"},
 	"perf":               {"*"},
 	"fuzz":               {"*"},
@@ -58,7 +58,8 @@ var sentences = map[string]string{
 
 // mayUseUnsafe lists where unsafe is allowed: rings, guest memory and the raw
 // system calls of the uplink.
-var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine/uplink"}
+// The driver's side in vhosttest and the guest's ethtool calls are as raw.
+var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine/uplink", "vhostuser/vhosttest", "cmd/sidewire-guest"}
 
 // testOnly are modules that the program itself must not link.
 var testOnly = []string{"github.com/stretchr/testify", "github.com/gopacket/gopacket", "testing"}

@@ -78,7 +78,7 @@ spec:
       - name: red
         masquerade: {}
         macAddress: %s
-`, name, vcpus, vcpus > 1, hwAddr(guestMAC))
+`, name, vcpus, vcpus > 1, guestMAC)
 	if len(ports) > 0 {
 		b.WriteString("        ports:\n")
 	}

@@ -178,7 +178,7 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
 		for _, l := range i.Leases {
-			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, hwAddr(l.MAC), strconv.Quote(l.Hostname))
+			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))
 		}
 		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
 		fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
@@ -188,10 +188,6 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "%s\t%d frames, %d bytes\t%d frames, %d bytes\t%s\n", p.Name, p.InFrames, p.InBytes, p.OutFrames, p.OutBytes, dropList(p.Drops))
 	}
 	return w.Flush()
-}
-
-func hwAddr(m [6]byte) string {
-	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
 }
 
 func dropList(drops map[string]uint64) string {

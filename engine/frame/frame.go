@@ -6,7 +6,11 @@
 // decides on stays in [Frame.Tail], borrowed and never written.
 package frame
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"fmt"
+	"strconv"
+)
 
 // HeadSize is how many bytes of a frame are copied for inspection and
 // rewriting: Ethernet, VLAN tag, IPv4 or IPv6 and transport header, and of an
@@ -82,6 +86,38 @@ func (f *Frame) SetEthernet(dst, src MAC) {
 
 // MAC is an Ethernet address.
 type MAC [6]byte
+
+const hexDigits = "0123456789abcdef"
+
+// String returns the address as six pairs of digits with colons.
+func (m MAC) String() string {
+	b := make([]byte, 0, 17)
+	for i, v := range m {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = append(b, hexDigits[v>>4], hexDigits[v&15])
+	}
+	return string(b)
+}
+
+// MarshalText makes addresses readable in JSON.
+func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (m *MAC) UnmarshalText(b []byte) error {
+	if len(b) != 17 {
+		return fmt.Errorf("%q is no hardware address", b)
+	}
+	for i := range m {
+		v, err := strconv.ParseUint(string(b[3*i:3*i+2]), 16, 8)
+		if err != nil || i > 0 && b[3*i-1] != ':' {
+			return fmt.Errorf("%q is no hardware address", b)
+		}
+		m[i] = byte(v)
+	}
+	return nil
+}
 
 // Broadcast is the address of everybody on the link.
 var Broadcast = MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
