@@ -31,8 +31,11 @@ import (
 // kernel probe it. One that nobody used is retired instead: the next frame
 // asks for the route, and that marks it as used.
 
-// routeMax bounds the remembered destinations; beyond it all are forgotten.
-const routeMax = 4096
+// routeMax and hopMax bound the remembered destinations and next hops.
+const (
+	routeMax = 4096
+	hopMax   = 1024
+)
 
 // Router finds next hops by one link. Route and Local are safe for concurrent
 // use by workers.
@@ -120,7 +123,7 @@ func NewRouter(linkName string) (r *Router, err error) {
 	if r.h, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return r, err
 	}
-	r.query, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE)
+	r.query, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return r, err
 	}
@@ -196,20 +199,35 @@ func (r *Router) hop(next uint32, mtu int) *frame.Hop {
 		e.hop = h
 		return h
 	}
+	r.evict()
 	h := &frame.Hop{MTU: mtu, Src: r.mac}
 	r.hops[next] = &hopEntry{hop: h, probed: -1}
 	if r.noARP {
 		h.Set(r.mac)
 		return h
 	}
-	ns, _ := r.h.NeighList(r.index, netlink.FAMILY_V4) // an incomplete list costs a probe
-	for _, n := range ns {
-		if ip, ok := addr4(n.IP); ok && ip == next && usable(n.State) {
-			setHop(h, n.HardwareAddr)
-		}
+	if n := r.askNeighbour(next); n != nil && usable(n.State) {
+		setHop(h, n.HardwareAddr)
 	}
 	r.probe(next)
 	return h
+}
+
+// evict keeps the hops bounded: the unknown ones go first, which are those of
+// a guest that scans the link.
+func (r *Router) evict() {
+	if len(r.hops) < hopMax {
+		return
+	}
+	for ip, e := range r.hops {
+		if _, ok := e.hop.Addr(); !ok {
+			e.hop.Retire()
+			delete(r.hops, ip)
+		}
+	}
+	if len(r.hops) >= hopMax {
+		r.retireLocked()
+	}
 }
 
 func setHop(h *frame.Hop, a net.HardwareAddr) {
@@ -248,31 +266,57 @@ type answer struct {
 
 // ask asks the kernel for the route to dst.
 func (r *Router) ask(dst uint32) (answer, bool) {
+	fixed := [unix.SizeofRtMsg]byte{unix.AF_INET, 32}
+	b := r.transact(unix.RTM_GETROUTE, fixed[:], unix.RTA_DST, dst)
+	return parseRoute(b, dst)
+}
+
+// askNeighbour asks the kernel for one neighbour; nil if it has none.
+func (r *Router) askNeighbour(ip uint32) *netlink.Neigh {
+	fixed := [unix.SizeofNdMsg]byte{unix.AF_INET}
+	binary.NativeEndian.PutUint32(fixed[4:], uint32(r.index))
+	b := r.transact(unix.RTM_GETNEIGH, fixed[:], unix.NDA_DST, ip)
+	if len(b) < unix.SizeofNlMsghdr+unix.SizeofNdMsg || binary.NativeEndian.Uint16(b[4:]) != unix.RTM_NEWNEIGH {
+		return nil
+	}
+	n, err := netlink.NeighDeserialize(b[unix.SizeofNlMsghdr:])
+	if err != nil {
+		return nil
+	}
+	return n
+}
+
+// transact sends a request of a fixed part and one address, and returns the
+// answer, valid until the next one, or nil. The kernel answers while it is
+// asked, so there is nothing to wait for.
+func (r *Router) transact(typ uint16, fixed []byte, attr uint16, ip uint32) []byte {
 	r.seq++
-	b := r.buf[:unix.SizeofNlMsghdr+unix.SizeofRtMsg+8]
-	clear(b)
 	ne := binary.NativeEndian
-	ne.PutUint32(b[0:], uint32(len(b)))
-	ne.PutUint16(b[4:], unix.RTM_GETROUTE)
+	b := r.buf[:unix.SizeofNlMsghdr]
+	clear(b)
+	ne.PutUint16(b[4:], typ)
 	ne.PutUint16(b[6:], unix.NLM_F_REQUEST)
 	ne.PutUint32(b[8:], r.seq)
-	b[16], b[17] = unix.AF_INET, 32
-	ne.PutUint16(b[28:], 8)
-	ne.PutUint16(b[30:], unix.RTA_DST)
-	binary.BigEndian.PutUint32(b[32:], dst)
+	b = append(b, fixed...)
+	b = ne.AppendUint16(b, unix.SizeofRtAttr+4)
+	b = ne.AppendUint16(b, attr)
+	b = binary.BigEndian.AppendUint32(b, ip)
+	ne.PutUint32(b, uint32(len(b)))
 	if err := unix.Sendto(r.query, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return answer{}, false
+		return nil
 	}
 	for {
-		n, _, err := unix.Recvfrom(r.query, r.buf[:], 0)
+		n, from, err := unix.Recvfrom(r.query, r.buf[:], 0)
 		if err == unix.EINTR {
 			continue
 		}
 		if err != nil || n < unix.SizeofNlMsghdr {
-			return answer{}, false
+			return nil
 		}
-		if ne.Uint32(r.buf[8:]) == r.seq {
-			return parseRoute(r.buf[:n], dst)
+		kernel, ok := from.(*unix.SockaddrNetlink)
+		if ok && kernel.Pid == 0 && ne.Uint32(r.buf[8:]) == r.seq {
+			// Attributes are read from the first message only.
+			return r.buf[:min(n, int(ne.Uint32(r.buf[0:])))]
 		}
 	}
 }
