@@ -187,7 +187,7 @@ func TestHostileMessages(t *testing.T) {
 		{"H028 uva overlap", SetMemTable, table(reg(0, page, 0, 0), reg(1<<30, page, 0, 0)), 2},
 		{"H029 larger than its file", SetMemTable, table(reg(0, testMem+page, 0, 0)), 1},
 		{"H029 1 TiB", SetMemTable, table(reg(0, 1<<40, 0, 0)), 1},
-		{"H035 duplicate region", AddMemReg, region1(testGPA, testMem, testUVA, 0), 1},
+		{"H035 region at the same place", AddMemReg, region1(testGPA, testMem, testUVA+1<<40, 0), 1},
 		{"H035 overlapping region", AddMemReg, region1(testGPA+page, page, 1, 0), 1},
 		{"H035 unknown region", RemMemReg, region1(0, page, 0, 0), 1},
 		{"H036 log of size 0", SetLogBase, u64s(0, 0), 1},
@@ -558,4 +558,21 @@ func TestBrokenRxRing(t *testing.T) {
 	require.Equal(t, [][]byte{testFrame(60, 1)}, got)
 	enginetest.Eventually(t, 2*time.Second, func() bool { return d.Status().Counters["ring_errors"] == 1 })
 	require.Equal(t, Connected, d.Status().State)
+}
+
+// H035: QEMU before 8.2 sends every region once for each queue pair; the same
+// one again is acknowledged and changes nothing.
+func TestSameRegionAgain_H035(t *testing.T) {
+	noLeak(t)
+	d := newDevice(t, Config{})
+	f := connect(t, d)
+	f.bringUp(plainFeats, 2)
+	before := d.Status()
+	require.Zero(t, f.try(AddMemReg, region1(testGPA, testMem, testUVA, 0), f.memfd))
+	after := d.Status()
+	require.Equal(t, before.MemoryRegions, after.MemoryRegions)
+	require.Equal(t, before.MemoryBytes, after.MemoryBytes)
+	f.rings[1].send(frame.Offload{}, 12, testFrame(100, 7))
+	got, _ := pull(d.Pairs()[0])
+	require.Len(t, got, 1)
 }
