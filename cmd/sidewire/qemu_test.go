@@ -1,0 +1,90 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"sidewire/engine/enginetest"
+)
+
+// qemuArgs is what `sidewire qemu-args` prints for a running sidewire.
+func qemuArgs(t *testing.T, w *enginetest.World, p *process) []string {
+	t.Helper()
+	cmd := sidewireCommand("qemu-args", "-f", p.vmi, "--netns", w.Pod.Path, "--socket-dir", p.dir)
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if err != nil && assert.ErrorAs(t, err, &exit) {
+		t.Fatalf("qemu-args: %s", exit.Stderr)
+	}
+	return strings.Split(strings.TrimSpace(string(out)), "\n")
+}
+
+// A distribution's kernel in QEMU gets its lease, reaches the outside and is
+// reached from there, and does so again after a reboot, with the flows and the
+// lease of before.
+func TestQEMUGuest(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "qemu", "kernel")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1450})
+	p := startSidewire(t, w, spec("vm", 2, "tcp:80"))
+	g := enginetest.Guest(t, t.TempDir(), enginetest.GuestOptions{
+		Args: qemuArgs(t, w, p), Memory: -1, CPUs: -1, Machine: "q35",
+	})
+	for boot := range 2 {
+		if boot > 0 {
+			require.NoError(t, g.Reboot(time.Minute))
+		}
+		r, err := g.Do(enginetest.GuestCmd{Do: "dhcp"})
+		require.NoError(t, err)
+		assert.Equal(t, "10.0.2.2/24", r.Lease.Addr)
+		assert.Equal(t, 1450, r.Lease.MTU)
+		assert.Equal(t, "vm", r.Lease.Hostname)
+		r, err = g.Do(enginetest.GuestCmd{Do: "link"})
+		require.NoError(t, err)
+		assert.Equal(t, 2, r.Link.MaxChan, "queue pairs")
+		assert.Equal(t, guestMAC.String(), r.Link.MAC)
+		r, err = g.Do(enginetest.GuestCmd{Do: "http_get", Timeout: time.Minute,
+			URL: fmt.Sprintf("http://%s:%d/data?bytes=%d", enginetest.OutsideName, enginetest.HTTPPort, 4<<20)})
+		require.NoError(t, err)
+		assert.Equal(t, enginetest.DataSum(4<<20), r.Sum)
+		r, err = g.Do(enginetest.GuestCmd{Do: "http_put", Timeout: time.Minute, Bytes: 4 << 20,
+			URL: fmt.Sprintf("http://%s:%d/data", enginetest.OutsideIP, enginetest.HTTPPort)})
+		require.NoError(t, err)
+		assert.Equal(t, enginetest.DataSum(4<<20), strings.TrimSpace(r.Body))
+		_, err = g.Do(enginetest.GuestCmd{Do: "listen", Kind: "http", Port: 80})
+		require.NoError(t, err)
+		c, err := w.Outside.Dial("tcp4", enginetest.PodIP+":80", 5*time.Second)
+		require.NoError(t, err)
+		require.NoError(t, c.Close())
+	}
+	assert.Len(t, p.status().Interfaces[0].Leases, 1)
+}
+
+// iPXE is a second guest that is not ours: a legacy driver without offloads.
+// It gets its lease and fetches the script that option 67 names.
+func TestIPXE(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "qemu", "ipxe")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	const said = "sidewire-ipxe-was-here"
+	l, err := w.Outside.Listen("tcp4", enginetest.OutsideIP+":8080")
+	require.NoError(t, err)
+	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(rw, "#!ipxe\necho %s ${net0/ip}\nshell\n", said)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close() })
+	boot := fmt.Sprintf("        bootOrder: 1\n        dhcpOptions: {bootFileName: \"http://%s:8080/boot.ipxe\"}\n        macAddress:", enginetest.OutsideIP)
+	p := startSidewire(t, w, strings.Replace(spec("vm", 1), "        macAddress:", boot, 1))
+	g, err := enginetest.StartIPXE(enginetest.GuestOptions{Args: qemuArgs(t, w, p), Memory: -1, CPUs: -1, Machine: "q35"})
+	require.NoError(t, err)
+	t.Cleanup(g.Stop)
+	if err := g.WaitConsole(said+" 10.0.2.2", 60*time.Second); err != nil {
+		t.Fatalf("%v\n%s\n%s", err, g.Console(), p.dump())
+	}
+}
