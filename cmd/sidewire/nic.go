@@ -152,7 +152,7 @@ func (n *nic) wire(s *server, o *options) (err error) {
 			MAC: n.mac(), MTU: n.pod.MTU(), Ports: natForwards(n.iface.Ports),
 		}},
 		Uplink: up, KernelPort: kernel, Router: n.router, Local: podAddrs{n.router}, External: ip4(n.pod.Addr()),
-		PortRange: nat.PortRange{First: n.pod.NAT().Lo, Last: n.pod.NAT().Hi},
+		PortRange: nat.PortRange{First: n.pod.NAT().Lo, Last: n.pod.NAT().Hi}, PortFree: n.pod.PortFree,
 	})
 	if err != nil {
 		return err
