@@ -70,8 +70,9 @@ func (a *agent) listen(c *enginetest.GuestCmd, r *enginetest.GuestReply) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if old := a.servers[c.Port]; old != nil && c.Port != 0 {
-		// TCP and UDP may share a port: the newer one is asked about.
+	if old := a.servers[c.Port]; old != nil {
+		// TCP and UDP may share a port, and those on port 0 do: the newest is
+		// asked about, all are closed.
 		closer := s.close
 		s.close = func() error { return errors.Join(closer(), old.close()) }
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"syscall"
 	"testing"
 	"time"
@@ -481,4 +482,48 @@ func TestParseSocket(t *testing.T) {
 		_, ok := parseSocket(line)
 		require.False(t, ok, line)
 	}
+}
+
+// Without the right to write /proc/sys the NAT range moves out of the kernel's
+// way, and we say so.
+func TestEvade(t *testing.T) {
+	enginetest.Need(t, "root", "netns")
+	ns := enginetest.NewNetNS(t)
+	for rng, want := range map[string]PortRange{
+		"32768 60999": {61000, 65535}, "32768 65000": {1024, 32767}, "1024 65000": {},
+	} {
+		enginetest.Must(t, ns.Sysctl("net/ipv4/ip_local_port_range", rng), ns.Do(func() error {
+			p := &Pod{}
+			require.Equal(t, want != PortRange{}, p.evade(), rng)
+			require.Equal(t, want, p.c.NAT, rng)
+			return nil
+		}))
+	}
+}
+
+// Each missing capability is named.
+func TestMissingCapability(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	errs := make(chan [2]error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with its lost capabilities
+		var err [2]error
+		defer func() { errs <- err }()
+		_ = w.Pod.Do(func() error {
+			none := [2]unix.CapUserData{}
+			if e := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); e != nil {
+				err = [2]error{e, e}
+				return e
+			}
+			_, err[0] = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+			_, err[1] = Open(Config{Link: "eth0", Workers: 1})
+			return nil
+		})
+	}()
+	err := <-errs
+	require.ErrorIs(t, err[0], ErrPrivilege)
+	require.ErrorContains(t, err[0], "CAP_NET_ADMIN")
+	require.ErrorIs(t, err[1], ErrPrivilege)
+	require.ErrorContains(t, err[1], "CAP_NET_RAW")
 }
