@@ -73,8 +73,8 @@ func TestEveryWrittenPageIsMarked(t *testing.T) {
 				require.Equal(t, OK, st)
 				fill(c, c.Len, 1)
 				q.Put(0, uint32(c.Len))
+				q.Publish()
 			},
-			func() { q.Publish() },
 			func() { // the same, written in part and put with 0
 				offer(0)
 				c, _ := q.Pop(Writable, room())
