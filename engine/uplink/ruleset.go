@@ -21,7 +21,8 @@ import (
 // of the pod's own flows stay, also when everything is published. Whose a
 // frame is must be known before it arrives, so the egress chain notes each
 // flow that the kernel starts in sets that the ingress chain looks up. Frames
-// of the engine's own pass egress unseen: they carry Mark.
+// of the engine's own carry Mark and pass egress unseen, but for protocols
+// without ports where ports are listed: there is no other sign of the guest's.
 //
 // A flow of the pod is forgotten when it was silent for as long as RFC 5382
 // and RFC 4787 ask a NAT to remember one, sooner when TCP ended it. A RST of
@@ -69,7 +70,7 @@ func (p *Pod) ipTable() *nftables.Table {
 }
 
 var (
-	chainsNetdev = []string{"ingress", "egress", "seen", "seentcp", "transport", "candidate", "icmp", "fragment", "pod", "guest"}
+	chainsNetdev = []string{"ingress", "egress", "marked", "seen", "seentcp", "transport", "candidate", "icmp", "fragment", "pod", "guest"}
 	chainsIP     = []string{"unmarked", "output", "postrouting"}
 
 	typeFlow  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeInetService)
@@ -109,6 +110,7 @@ func (p *Pod) makeTables() error {
 	flows("closing", typeFlow, 65536)
 	flows("echoes", typePair, 4096)
 	flows("others", typeProto, 4096)
+	flows("guestothers", typeProto, 4096)
 	flows("podfrags", typeFrag, 4096)
 	flows("guestfrags", typeFrag, 4096)
 
@@ -268,11 +270,13 @@ func (p *Pod) ingressRules(r *rules) {
 	r.add("ingress", protocol(frame.ProtoICMP), jump("icmp"))
 	r.add("ingress", protocol(frame.ProtoTCP), jump("transport"))
 	r.add("ingress", protocol(frame.ProtoUDP), jump("transport"))
+	r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("others"), jump("pod"))
 	if p.all() {
-		r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("others"), jump("pod"))
 		r.add("ingress", jump("guest"))
 		r.add("transport", jump("candidate"))
 	} else {
+		r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("guestothers"), jump("guest"))
+		r.add("ingress", jump("pod"))
 		r.add("transport", p.inNAT(2), jump("candidate"))
 		r.add("transport", portKey(2), inSet("ports"), jump("candidate"))
 		r.add("transport", jump("pod"))
@@ -316,7 +320,17 @@ func (p *Pod) fragmentRules(r *rules) {
 }
 
 func (p *Pod) egressRules(r *rules) {
-	r.add("egress", markIs(Mark), accept())
+	if p.all() {
+		r.add("egress", markIs(Mark), accept())
+	} else {
+		// What the guest began in a protocol without ports is known by its peer.
+		r.add("egress", markIs(Mark), jump("marked"))
+		for _, proto := range []byte{frame.ProtoTCP, frame.ProtoUDP, frame.ProtoICMP} {
+			r.add("marked", protocol(proto), accept())
+		}
+		r.add("marked", ipField(offDst, 4, reg1), ipField(offProto, 1, reg2), update("guestothers", otherIdle))
+		r.add("marked", accept())
+	}
 	r.add("egress", &expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: reg1}, isNot(be16(frame.TypeIPv4)...), accept())
 	r.add("egress", ipField(offSrc, 4, reg1), isNot(p.c.Pod.AsSlice()...), accept())
 	r.add("egress", ipBits(offFrag, 0x1fff), isNot(0, 0), accept())
@@ -329,6 +343,9 @@ func (p *Pod) egressRules(r *rules) {
 		// Other flows stay with the pod anyway.
 		r.add("egress", p.inNAT(0), jump("seen"))
 		r.add("egress", portKey(0), inSet("ports"), jump("seen"))
+		r.add("egress", protocol(frame.ProtoTCP), accept())
+		r.add("egress", protocol(frame.ProtoUDP), accept())
+		r.add("egress", jump("seen"))
 	}
 	out := flowKey(offDst, 0, 2)
 	r.add("seen", protocol(frame.ProtoTCP), jump("seentcp"))

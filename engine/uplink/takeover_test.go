@@ -159,6 +159,37 @@ func TestListedPorts(t *testing.T) {
 	r.sinkUntil(notFence)
 }
 
+// Where ports are listed, a protocol without ports is the guest's with a peer
+// that the guest has spoken to, unless the pod has.
+func TestOtherProtocolsWithListedPorts(t *testing.T) {
+	r := newRig(t, tcpPort(80))
+	const experiment = 253
+	match := func(p received) bool { return len(p.bytes) >= 34 && p.bytes[23] == experiment }
+	there := r.eth()
+	there.Dst, there.Src = r.outMAC, r.podMAC
+	fromOutside := func() {
+		send(t, r.out, r.eth().Frame(frame.TypeIPv4, toPod().Packet(experiment, []byte("answer"))))
+	}
+	fromOutside()
+	r.sinkUntil(notFence)
+	send(t, r.up, there.Frame(frame.TypeIPv4, enginetest.IP{Src: podIP, Dst: outsideIP}.Packet(experiment, []byte("question"))))
+	r.next(r.outside(), "question", match)
+	fromOutside()
+	r.next(r.in(), "answer on the sink", match)
+
+	require.NoError(t, r.Pod.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW, experiment)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.Sendto(fd, []byte("the pod's"), 0, &unix.SockaddrInet4{Addr: outsideIP.As4()})
+	}))
+	r.next(r.outside(), "the pod's question", match)
+	fromOutside()
+	r.sinkUntil(match)
+}
+
 func TestPortsChange(t *testing.T) {
 	r := newRig(t, tcpPort(80))
 	guests := func(port uint16) {
