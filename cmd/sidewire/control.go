@@ -76,9 +76,24 @@ func serveControl(ctx context.Context, path string, c controller, log *slog.Logg
 	}, nil
 }
 
+// socketPathMax is how long the path of a unix socket may be, in bytes.
+const socketPathMax = 107
+
+// checkSocketPath refuses a path that no socket can have.
+func checkSocketPath(path string) error {
+	if len(path) > socketPathMax {
+		return badInput("socket path %s is longer than the %d bytes that a unix socket may have: choose a shorter --socket-dir or --control",
+			path, socketPathMax)
+	}
+	return nil
+}
+
 // listenUnix makes a socket that its owner alone may use. A socket file that
 // nobody answers on is a leftover and is replaced.
 func listenUnix(path string) (*net.UnixListener, error) {
+	if err := checkSocketPath(path); err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, cannot("control socket: %w; name another place with --socket-dir or --control", err)
 	}

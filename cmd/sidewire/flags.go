@@ -1,7 +1,9 @@
 package main
 
 import (
+	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -42,20 +44,36 @@ type options struct {
 	kvm        bool
 }
 
-// newFlags makes a flag set that reports errors through its Parse.
+// newFlags makes a flag set that reports errors through parse, in one line,
+// and whose help goes to errw.
 func newFlags(name string, errw io.Writer) *flag.FlagSet {
 	fs := flag.NewFlagSet("sidewire "+name, flag.ContinueOnError)
 	fs.SetOutput(errw)
+	fs.Usage = func() {} // the package would print it after every error too
 	return fs
+}
+
+// parseFlags parses the flags at the beginning of args.
+func parseFlags(fs *flag.FlagSet, args []string) error {
+	errw := fs.Output()
+	fs.SetOutput(io.Discard)
+	err := fs.Parse(args)
+	fs.SetOutput(errw)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		fmt.Fprintf(errw, "flags of %s:\n", fs.Name())
+		fs.PrintDefaults()
+		return err
+	case err != nil:
+		return badInput("%w; %s -h lists the flags", err, fs.Name())
+	}
+	return nil
 }
 
 // parse parses args, which must all be flags.
 func parse(fs *flag.FlagSet, args []string) error {
-	if err := fs.Parse(args); err != nil {
-		if err == flag.ErrHelp {
-			return err
-		}
-		return inputError{silent{}} // the flag package has said it already
+	if err := parseFlags(fs, args); err != nil {
+		return err
 	}
 	if fs.NArg() > 0 {
 		return badInput("unexpected argument %q: files are given with -f", fs.Arg(0))

@@ -79,7 +79,9 @@ func realMain(ctx context.Context, args []string, out, errw io.Writer) int {
 			return exitOK
 		}
 		if msg := strings.TrimSpace(err.Error()); msg != "" {
-			fmt.Fprintf(errw, "sidewire %s: %s\n", c.name, msg)
+			for line := range strings.SplitSeq(msg, "\n") {
+				fmt.Fprintf(errw, "sidewire %s: %s\n", c.name, line)
+			}
 		}
 		if errors.As(err, new(inputError)) {
 			return exitInput

@@ -166,6 +166,9 @@ func planNICs(o *options, vms []vmi.VM) ([]*nic, error) {
 					other.name(), n.name(), n.link)
 			}
 			taken[place] = n
+			if err := checkSocketPath(n.socket); err != nil {
+				return nil, err
+			}
 			nics = append(nics, n)
 		}
 	}

@@ -46,7 +46,7 @@ type InterfaceStatus struct {
 	Leases     []dhcp.LeaseInfo `json:"leases"`
 	DHCP       dhcp.Stats       `json:"dhcp"`
 	NAT        nat.Stats        `json:"nat"`
-	Forwards   []forwardRequest `json:"forwards"` // empty: everything
+	Forwards   []forwardRequest `json:"forwards"` // null: everything
 }
 
 // Status implements controller.
@@ -82,9 +82,14 @@ func (s *server) Forwards() map[string][]forwardRequest {
 	return out
 }
 
+// forwards are the ports that are forwarded; nil is all of them.
 func (n *nic) forwards() []forwardRequest {
+	ports := n.pod.Ports()
+	if ports == nil {
+		return nil
+	}
 	out := []forwardRequest{}
-	for _, p := range n.pod.Ports() {
+	for _, p := range ports {
 		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port})
 	}
 	return out
@@ -144,8 +149,8 @@ func controlFlags(name string, args []string, errw io.Writer) (o options, asJSON
 	fs.StringVar(&o.socketDir, "socket-dir", runtimeDir(), "`DIR` of the running sidewire")
 	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
 	fs.BoolVar(&asJSON, "json", false, "print JSON")
-	if err = fs.Parse(args); err != nil {
-		return o, asJSON, nil, inputError{silent{}}
+	if err = parseFlags(fs, args); err != nil {
+		return o, asJSON, nil, err
 	}
 	return o, asJSON, fs.Args(), nil
 }
@@ -203,8 +208,11 @@ func dropList(drops map[string]uint64) string {
 }
 
 func forwardList(fs []forwardRequest) string {
-	if len(fs) == 0 {
+	switch {
+	case fs == nil:
 		return "everything"
+	case len(fs) == 0:
+		return "none"
 	}
 	var out []string
 	for _, f := range fs {
