@@ -303,7 +303,7 @@ func (in *Inbound) fragmentOf(b *frame.Batch, f *frame.Frame, r *ref) {
 	r.flow.packets[outside].Add(1)
 	r.flow.bytes[outside].Add(uint64(f.Len) - frame.EthernetLen)
 	translateIP(f, ipDst, g.IP)
-	in.deliver(f, g, r.queue.Load())
+	in.deliver(b, f, g, r.queue.Load())
 	split(b, f, mtu)
 }
 

@@ -78,6 +78,28 @@ func (o *Outbound) answerARP(b *frame.Batch, f *frame.Frame) {
 	f.Out = frame.Consumed
 }
 
+// asksPerSecond is how often a silent guest is asked for its hardware address.
+const asksPerSecond = 10
+
+// askARP asks a guest for its hardware address, as the gateway.
+func (m *Masquerade) askARP(b *frame.Batch, in frame.PortID, g *guest) {
+	r := b.Reply()
+	if r == nil {
+		return
+	}
+	h := r.Head[:arpEnd]
+	clear(h)
+	putMAC(h[0:], broadcastMAC)
+	putMAC(h[6:], m.gwMAC)
+	binary.BigEndian.PutUint64(h[arpStart-2:], frame.TypeARP<<48|arpFixed)
+	h[arpOp+1] = 1
+	putMAC(h[arpSenderMAC:], m.gwMAC)
+	binary.BigEndian.PutUint32(h[arpSenderIP:], g.Gateway)
+	binary.BigEndian.PutUint32(h[arpTargetIP:], g.IP)
+	r.HeadLen, r.Len = arpEnd, arpEnd
+	r.In, r.Out = in, g.Port
+}
+
 // Local is the stage for what a guest's local tap sends.
 type Local struct {
 	m *Masquerade

@@ -101,13 +101,30 @@ func TestOtherARPIsTheKernels(t *testing.T) {
 
 func TestMACIsLearned(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Guests[0].MAC = frame.MAC{} })
-	w.dropped(w.in(udp(toPod(hostA, 1, 2), "x")), frame.NoNeighbour)
+	// The guest is asked, but not for every packet.
+	fs := w.in(udp(toPod(hostA, 1, 2), "x"), udp(toPod(hostA, 1, 3), "x"))
+	require.Len(t, fs, 3)
+	assert.Equal(t, frame.NoNeighbour, fs[0].Reason)
+	assert.Equal(t, portGuest, fs[2].Out)
+	assert.Equal(t, arp(1, GatewayMAC, frame.Broadcast, GatewayMAC, gatewayIP, guestIP).data[:arpEnd], fs[2].Bytes())
 	w.dropped(w.out(edit(udp(fromGuestTo(1, hostB, 2), "x"), func(ip []byte) { ip[15]++ })), frame.Spoofed)
 	w.dropped(w.in(udp(toPod(hostA, 1, 2), "x")), frame.NoNeighbour)
-	w.out(arp(1, guestMAC, frame.Broadcast, guestMAC, guestIP, gatewayIP))
+	w.out(arp(2, guestMAC, GatewayMAC, guestMAC, guestIP, gatewayIP))
 	s := w.one(w.in(udp(toPod(hostA, 1, 2), "x")), portGuest)
 	_, dst := s.macs()
 	assert.Equal(t, guestMAC, dst)
+}
+
+// A packet of protocol 0 makes no flow: the table would take it for a free
+// slot and never let go of it.
+func TestProtocolZero(t *testing.T) {
+	zero := func(f flow5) packet {
+		return edit(udp(f, "x"), func(ip []byte) { ip[9] = 0 })
+	}
+	w := newWorld(t)
+	w.dropped(w.in(zero(toPod(hostA, 1, 2))), frame.BadTransport)
+	w.dropped(w.out(zero(fromGuestTo(1, hostA, 2))), frame.BadTransport)
+	assert.Zero(t, w.m.Stats().Flows)
 }
 
 func TestVerdicts(t *testing.T) {

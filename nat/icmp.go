@@ -189,7 +189,7 @@ func (o *Outbound) icmpError(b *frame.Batch, f *frame.Frame, ext uint32) {
 
 // icmpError carries an error about a packet that a guest has sent (RFC 5508
 // REQ-4).
-func (in *Inbound) icmpError(f *frame.Frame) {
+func (in *Inbound) icmpError(b *frame.Batch, f *frame.Frame) {
 	m := in.m
 	e, reason := parseEmbedded(f)
 	if reason != frame.ReasonNone {
@@ -215,7 +215,7 @@ func (in *Inbound) icmpError(f *frame.Frame) {
 	g := m.guests[uint8(r.w1>>8)]
 	rewriteEmbedded(f, &e, ipSrc, g.IP, field, uint16(r.w0>>16))
 	translateIP(f, ipDst, g.IP)
-	in.deliver(f, g, r.queue.Load())
+	in.deliver(b, f, g, r.queue.Load())
 }
 
 // replyError appends an ICMP error about f to the batch: to guest g, or to the

@@ -75,7 +75,7 @@ func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 	case f.Proto == frame.ProtoICMP:
 		field = queryID
 		if isError(f) {
-			in.icmpError(f)
+			in.icmpError(b, f)
 			return
 		}
 		var ok bool
@@ -115,7 +115,7 @@ func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 		in.firstFragment(b, f, &r.ref)
 	}
 	translate(f, ipDst, g.IP, field, uint16(r.w0>>16))
-	in.deliver(f, g, r.queue.Load())
+	in.deliver(b, f, g, r.queue.Load())
 	if mtu != 0 {
 		split(b, f, mtu)
 	}
@@ -133,11 +133,16 @@ func (in *Inbound) passes(b *frame.Batch, f *frame.Frame, g *guest) (mtu int, ok
 	return in.m.fits(b, f, nil, g.MTU)
 }
 
-// deliver sends a translated frame to its guest.
-func (in *Inbound) deliver(f *frame.Frame, g *guest, queue uint32) {
+// deliver sends a translated frame to its guest. One that has not said a word
+// yet, and whose hardware address nobody gave, is asked for it; the frame is
+// lost, as when a neighbour's queue overflows.
+func (in *Inbound) deliver(b *frame.Batch, f *frame.Frame, g *guest, queue uint32) {
 	mac := g.mac.Load()
 	if mac == 0 {
-		f.Drop(frame.NoNeighbour) // the guest has not said a word yet
+		if g.asks.take(b.Now) {
+			in.m.askARP(b, f.In, g)
+		}
+		f.Drop(frame.NoNeighbour)
 		return
 	}
 	putMAC(f.Head[0:], mac)

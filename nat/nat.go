@@ -340,6 +340,7 @@ type guest struct {
 	half       [2]atomic.Int32 // TCP flows in INIT, by the side that opened
 	fresh      [2]bucket       // new flows, by the side that opens
 	errs       bucket          // ICMP errors to this guest
+	asks       bucket          // questions for its hardware address
 	frags      fragTable       // outbound
 	localQueue [64]atomic.Uint32
 }
@@ -352,6 +353,7 @@ func newGuest(i int, c *Config) *guest {
 		g.fresh[side].init(c.Limits.NewPerSecond, c.Limits.NewBurst)
 	}
 	g.errs.init(c.Limits.ErrorsPerSecond, c.Limits.ErrorBurst)
+	g.asks.init(asksPerSecond, 1)
 	g.frags.init(c)
 	return g
 }

@@ -341,7 +341,8 @@ func hasPorts(proto uint8) bool {
 }
 
 // otherFits says whether the header of another protocol is there as far as it
-// is rewritten.
+// is rewritten. Protocol 0, an IPv6 extension header, is none over IPv4, and in
+// the table it means a free slot.
 func otherFits(f *frame.Frame) bool {
-	return f.Frag || sumOffset(f.Proto) == 0 || len(f.L4Bytes()) >= 8
+	return f.Proto != 0 && (f.Frag || sumOffset(f.Proto) == 0 || len(f.L4Bytes()) >= 8)
 }
