@@ -113,6 +113,23 @@ func TestGuestSurvivesACrash(t *testing.T) {
 	}
 }
 
+// So it is for a guest whose hardware address the VMI leaves open and who says
+// nothing by itself: it is asked.
+func TestSilentGuestIsFoundAfterACrash(t *testing.T) {
+	s := newScene(t, "sidewire")
+	s.proc = startSidewire(t, s.World, strings.Replace(spec("vm", 1), "        macAddress: "+guestMAC.String()+"\n", "", 1))
+	s.plug()
+	require.NoError(t, s.guest.Sysctl("net/ipv6/conf/eth0/disable_ipv6", "1"))
+	s.serveAt(s.guest, "vm", 80)
+	require.Equal(t, "outside replies", s.ping(s.guest, "10.244.1.1"))
+	s.proc.kill()
+	s.proc.start(s.World)
+	require.NoError(t, s.tap.Reconnect())
+	s.udp(s.Outside, "10.244.1.5:80") // what makes sidewire ask is lost
+	assert.Equal(t, "vm, peer 10.244.1.1", s.udp(s.Outside, "10.244.1.5:80"))
+	s.dump()
+}
+
 // dialFrom opens a connection to one of the scene's servers and reads its
 // greeting.
 func dialFrom(t *testing.T, ns *enginetest.NetNS, to string) net.Conn {

@@ -32,7 +32,7 @@ const (
 
 	soon = 5 * time.Second
 	// silence is how long a probe waits before it says that nobody answers.
-	silence = 700 * time.Millisecond
+	silence = 1500 * time.Millisecond
 )
 
 // scene is a guest in its pod, an outside and a far host behind it, with
@@ -369,7 +369,8 @@ func (s *scene) rawSocket(ns *enginetest.NetNS, proto int) (fd int) {
 		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, proto)
 		return err
 	}))
-	require.NoError(s.t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: silence.Microseconds()}))
+	limit := unix.NsecToTimeval(silence.Nanoseconds())
+	require.NoError(s.t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit))
 	return fd
 }
 
