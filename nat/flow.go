@@ -276,3 +276,32 @@ func (m *Masquerade) expire(r ref, now int64) uint32 {
 	}
 	return max(m.left(r.flow, proto, sec), 1)
 }
+
+// ends finds what tells the flows of two addresses apart in a packet from
+// side: the port or query id on the guest's side, what stands for the remote
+// one, and the offset in the transport header of the first. The packet is no
+// ICMP error and has its transport header. It returns why to drop the packet,
+// or ReasonNone.
+func ends(f *frame.Frame, side int) (near, far uint16, field int, reason frame.DropReason) {
+	switch f.Proto {
+	case frame.ProtoTCP, frame.ProtoUDP:
+		near, far, field = f.SrcPort(), f.DstPort(), portSrc
+		if side == outside {
+			near, far, field = far, near, portDst
+		}
+		if near == 0 || far == 0 {
+			return 0, 0, 0, frame.BadTransport // H087
+		}
+	case frame.ProtoICMP:
+		id, port, ok := query(f, side)
+		if !ok {
+			return 0, 0, 0, frame.NotCarried
+		}
+		near, far, field = id, port, queryID
+	default:
+		if !otherFits(f) {
+			return 0, 0, 0, frame.BadTransport
+		}
+	}
+	return near, far, field, frame.ReasonNone
+}

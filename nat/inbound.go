@@ -60,31 +60,18 @@ func (in *Inbound) frame(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 
 func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 	m := in.m
-	field := portDst
-	u := tuple{remote: f.SrcIP4(), proto: f.Proto}
 	switch {
 	case f.Frag && hasPorts(f.Proto):
 		in.fragment(b, f)
 		return
-	case f.Proto == frame.ProtoTCP, f.Proto == frame.ProtoUDP:
-		u.external, u.remotePort = f.DstPort(), f.SrcPort()
-		if u.external == 0 || u.remotePort == 0 {
-			f.Drop(frame.BadTransport) // H087
-			return
-		}
-	case f.Proto == frame.ProtoICMP:
-		field = queryID
-		if isError(f) {
-			in.icmpError(b, f)
-			return
-		}
-		var ok bool
-		if u.external, u.remotePort, ok = query(f, outside); !ok {
-			f.Drop(frame.NotCarried)
-			return
-		}
-	case !otherFits(f):
-		f.Drop(frame.BadTransport)
+	case f.Proto == frame.ProtoICMP && isError(f):
+		in.icmpError(b, f)
+		return
+	}
+	u := tuple{remote: f.SrcIP4(), proto: f.Proto}
+	field, reason := 0, frame.ReasonNone
+	if u.external, u.remotePort, field, reason = ends(f, outside); reason != frame.ReasonNone {
+		f.Drop(reason)
 		return
 	}
 	k0 := uint64(u.remote)<<32 | uint64(u.external)<<16 | uint64(u.remotePort)

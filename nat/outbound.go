@@ -125,31 +125,18 @@ func (o *Outbound) ip(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 		o.lastHop(b, f)
 		return
 	}
-	field := portSrc
-	u := tuple{remote: f.DstIP4(), guest: o.g.index, proto: f.Proto}
 	switch {
 	case f.Frag && hasPorts(f.Proto):
 		o.fragment(b, f, ext)
 		return
-	case f.Proto == frame.ProtoTCP, f.Proto == frame.ProtoUDP:
-		u.guestPort, u.remotePort = f.SrcPort(), f.DstPort()
-		if u.guestPort == 0 || u.remotePort == 0 {
-			f.Drop(frame.BadTransport) // H087
-			return
-		}
-	case f.Proto == frame.ProtoICMP:
-		field = queryID
-		if isError(f) {
-			o.icmpError(b, f, ext)
-			return
-		}
-		var ok bool
-		if u.guestPort, u.remotePort, ok = query(f, guestSide); !ok {
-			f.Drop(frame.NotCarried)
-			return
-		}
-	case !otherFits(f):
-		f.Drop(frame.BadTransport)
+	case f.Proto == frame.ProtoICMP && isError(f):
+		o.icmpError(b, f, ext)
+		return
+	}
+	u := tuple{remote: f.DstIP4(), guest: o.g.index, proto: f.Proto}
+	field, reason := 0, frame.ReasonNone
+	if u.guestPort, u.remotePort, field, reason = ends(f, guestSide); reason != frame.ReasonNone {
+		f.Drop(reason)
 		return
 	}
 	k0 := uint64(u.remote)<<32 | uint64(u.guestPort)<<16 | uint64(u.remotePort)
