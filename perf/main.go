@@ -21,7 +21,7 @@ import (
 type path struct {
 	name string
 	// open builds it up; the guest has its address when it returns.
-	open func(ctx context.Context, mtu int) (*rig, error)
+	open func(mtu int) (*rig, error)
 }
 
 // sample is what one round measured of one path.
@@ -35,25 +35,26 @@ func main() {
 	rounds := flag.Int("rounds", 5, "rounds; each measures every path, both ways")
 	seconds := flag.Int("seconds", 3, "seconds of each stream")
 	mtu := flag.Int("mtu", 1500, "MTU of the pod's link")
+	flags := flag.String("flags", "", "further flags for sidewire run")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *rounds, *seconds, *mtu); err != nil {
+	if err := run(ctx, *rounds, *seconds, *mtu, *flags); err != nil {
 		fmt.Fprintln(os.Stderr, "perf:", err)
 		os.Exit(2)
 	}
 }
 
-func run(ctx context.Context, rounds, seconds, mtu int) error {
+func run(ctx context.Context, rounds, seconds, mtu int, flags string) error {
 	binary, cleanup, err := buildSidewire(ctx)
 	if err != nil {
 		return err
 	}
 	defer cleanup()
 	paths := []path{
-		{"sidewire", func(ctx context.Context, mtu int) (*rig, error) { return openSidewire(ctx, binary, mtu) }},
+		{"sidewire", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
 		{"kernel (tap, bridge, nftables)", openKernel},
-		{"sidewire again (A/A)", func(ctx context.Context, mtu int) (*rig, error) { return openSidewire(ctx, binary, mtu) }},
+		{"sidewire again (A/A)", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
 	}
 	samples := make([][]sample, len(paths))
 	for r := range rounds {
@@ -71,7 +72,7 @@ func run(ctx context.Context, rounds, seconds, mtu int) error {
 }
 
 func measure(ctx context.Context, p path, seconds, mtu int) (s sample, err error) {
-	r, err := p.open(ctx, mtu)
+	r, err := p.open(mtu)
 	if err != nil {
 		return s, err
 	}

@@ -96,7 +96,7 @@ func buildSidewire(ctx context.Context) (path string, cleanup func(), err error)
 }
 
 // openSidewire puts the guest behind a sidewire of its own.
-func openSidewire(_ context.Context, binary string, mtu int) (r *rig, err error) {
+func openSidewire(binary, flags string, mtu int) (r *rig, err error) {
 	if r, err = newRig(mtu); err != nil {
 		return nil, err
 	}
@@ -115,7 +115,7 @@ func openSidewire(_ context.Context, binary string, mtu int) (r *rig, err error)
 		return nil, err
 	}
 	cmd := exec.Command(binary, "run", "-f", vmi, "--netns", r.world.Pod.Path, "--socket-dir", dir, "--resolv-conf", r.world.ResolvConf)
-	cmd.Args = append(cmd.Args, strings.Fields(os.Getenv("SIDEWIRE_FLAGS"))...)
+	cmd.Args = append(cmd.Args, strings.Fields(flags)...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
@@ -143,7 +143,7 @@ func openSidewire(_ context.Context, binary string, mtu int) (r *rig, err error)
 
 // openKernel puts the guest behind the kernel's own masquerade, its frames
 // copied from its tap into one in the pod.
-func openKernel(_ context.Context, mtu int) (r *rig, err error) {
+func openKernel(mtu int) (r *rig, err error) {
 	if r, err = newRig(mtu); err != nil {
 		return nil, err
 	}

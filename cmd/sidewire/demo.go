@@ -71,7 +71,7 @@ func demoCommand(ctx context.Context, args []string, out, errw io.Writer) error 
 	defer d.close()
 	err := d.run(kind)
 	if err != nil && d.log != nil {
-		fmt.Fprintf(errw, "sidewire's log:\n%s", d.log.Bytes())
+		fmt.Fprintf(errw, "sidewire's log:\n%s", d.log)
 	}
 	return err
 }

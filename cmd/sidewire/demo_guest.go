@@ -158,8 +158,9 @@ func (l *logBuffer) Write(p []byte) (int, error) {
 	return l.b.Write(p)
 }
 
-func (l *logBuffer) Bytes() []byte {
+// String is what was printed so far.
+func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return bytes.Clone(l.b.Bytes())
+	return l.b.String()
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -11,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -40,25 +38,8 @@ type process struct {
 	t   *testing.T
 	cmd *exec.Cmd
 	dir string // socket directory
-	log *syncBuffer
+	log *logBuffer
 	vmi string // file
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 // spec is a VMI with one masquerade interface.
@@ -117,7 +98,7 @@ func socketDir(t *testing.T) string {
 // startSidewire runs sidewire in a world's pod and waits until it is ready.
 func startSidewire(t *testing.T, w *enginetest.World, vmi string, flags ...string) *process {
 	t.Helper()
-	p := &process{t: t, dir: socketDir(t), log: &syncBuffer{}, vmi: writeFile(t, "vmi.yaml", vmi)}
+	p := &process{t: t, dir: socketDir(t), log: &logBuffer{}, vmi: writeFile(t, "vmi.yaml", vmi)}
 	p.start(w, flags...)
 	t.Cleanup(func() {
 		p.stop()

@@ -215,9 +215,7 @@ func TestControlQueueOfOurBackend(t *testing.T) {
 	paths, _ := wire(t, 2, 1)
 	g := connect(t, Options{Path: paths[0], QueuePairs: 2, Features: LinuxFeatures | FeatCtrlVQ | FeatCtrlRx,
 		ProtocolFeatures: QEMUProtocol | ProtoConfig})
-	if g.Ctrl == nil {
-		t.Skip("the backend offers no control queue")
-	}
+	require.NotNil(t, g.Ctrl, "our backend offers a control queue")
 	for _, c := range []struct {
 		class, cmd uint8
 		data       []byte
