@@ -12,6 +12,9 @@ import (
 type region struct {
 	*guestmem.Region
 	fd int
+	// again counts how often the frontend has added the same region once
+	// more: it takes it away as often.
+	again int
 }
 
 func (r region) close() {
@@ -25,7 +28,7 @@ func mapRegion(fd int, sp guestmem.Spec) (region, error) {
 	if err != nil {
 		return region{}, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	return region{r, fd}, nil
+	return region{Region: r, fd: fd}, nil
 }
 
 func decodeSpec(b []byte) guestmem.Spec {
@@ -75,9 +78,10 @@ func (s *session) addMemReg(m *message) error {
 		return fmt.Errorf("%w: %d descriptors, %d regions already", ErrRefused, len(m.fds), len(d.regions))
 	}
 	sp := decodeSpec(m.data[8:])
-	// QEMU before 8.2 sends every region once for each queue pair. The same
+	// QEMU 7.2 adds and removes every region once for each queue pair. The same
 	// region again changes nothing; its descriptor is closed with the message.
-	if d.findRegion(sp) >= 0 {
+	if i := d.findRegion(sp); i >= 0 {
+		d.regions[i].again++
 		return nil
 	}
 	r, err := mapRegion(m.fds[0], sp)
@@ -99,6 +103,10 @@ func (s *session) remMemReg(m *message) error {
 	i := d.findRegion(sp)
 	if i < 0 {
 		return fmt.Errorf("%w: no region at %#x", ErrRefused, sp.GPA)
+	}
+	if d.regions[i].again > 0 {
+		d.regions[i].again--
+		return nil
 	}
 	return d.setMemory(slices.Delete(slices.Clone(d.regions), i, i+1), d.regions[i:i+1])
 }

@@ -44,7 +44,8 @@ type Session struct {
 // SessionRegion is a region of guest memory.
 type SessionRegion struct {
 	guestmem.Spec
-	FD int `json:"fd"`
+	FD    int `json:"fd"`
+	Again int `json:"again,omitempty"` // how often it was added once more
 }
 
 // SessionLog is the dirty log of a migration.
@@ -168,7 +169,7 @@ func (d *Device) value(s *session, x *fdList) Session {
 		x.err = err
 	}
 	for _, r := range d.regions {
-		v.Regions = append(v.Regions, SessionRegion{r.Spec(), x.add(r.fd)})
+		v.Regions = append(v.Regions, SessionRegion{r.Spec(), x.add(r.fd), r.again})
 	}
 	if d.dirty != nil {
 		v.Log = &SessionLog{d.dirtySpec.Size, d.dirtySpec.Offset, x.add(d.dirtySpec.fd)}
@@ -317,6 +318,7 @@ func (d *Device) loadRegions(list []SessionRegion, dup func(int) int) error {
 			closeFD(fd)
 			return drop(fmt.Errorf("region %d: %w", i, err))
 		}
+		r.again = max(sr.Again, 0)
 		rs = append(rs, r)
 	}
 	if err := d.setMemory(rs, nil); err != nil {
