@@ -411,4 +411,6 @@ virtio-net-pci,id=nic-red,netdev=net-red,mac=02:00:00:00:aa:01,mq=on,vectors=6,m
 	assert.Zero(t, o.code)
 	assert.Contains(t, o.out, "vectors=0")
 	assert.Contains(t, o.err, "name yours with --qemu")
+	sidewire(t, "qemu-args", "-f", file, "--netns", "/does/not/exist").says(t, exitMachine, "qemu-args",
+		[]string{"/does/not/exist", "--netns"})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/vishvananda/netlink"
 
@@ -30,6 +31,11 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 	}
 	if len(vms) != 1 {
 		return badInput("%d VMIs given: the arguments are those of one QEMU, so name one", len(vms))
+	}
+	if ns := netnsOf(&o, vms[0]); ns != "" {
+		if _, err := os.Stat(ns); err != nil {
+			return cannot("network namespace: %w; name the pod's with --netns", err)
+		}
 	}
 	version, err := vmi.AskQEMUVersion(ctx, o.qemu)
 	if err != nil {
