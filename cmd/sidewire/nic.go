@@ -28,6 +28,7 @@ type nic struct {
 	link   string
 	socket string
 
+	resolv dhcp.Resolv
 	pod    *uplink.Pod
 	up     *uplink.Uplink
 	kernel *uplink.Kernel
@@ -47,7 +48,11 @@ func (n *nic) open(ctx context.Context, s *server, o *options, stopEngine func()
 	if err := n.prepareSocket(); err != nil {
 		return err
 	}
-	err := uplink.InNetNS(n.netns, func() error { return n.openHost(s, stopEngine) })
+	var err error
+	if n.resolv, err = dhcp.ResolvConf(resolvConf(o, n.netns)); err != nil {
+		return badInput("resolvers: %w; name a file with --resolv-conf", err)
+	}
+	err = uplink.InNetNS(n.netns, func() error { return n.openHost(s, stopEngine) })
 	if err != nil {
 		return hostError(err)
 	}
@@ -87,7 +92,7 @@ func (n *nic) openHost(s *server, stopEngine func() error) (err error) {
 	workers := s.engine.Workers()
 	n.pod, err = uplink.Takeover(uplink.TakeoverConfig{
 		Link: n.link, Guest: net.Guest, Gateway: netip.PrefixFrom(net.Gateway, net.CIDR.Bits()),
-		Ports: uplinkPorts(n.iface.Ports), Workers: workers,
+		Ports: uplinkPorts(n.iface.Ports), Workers: workers, Resolver: n.loopbackResolver(),
 	})
 	if err != nil {
 		return err
@@ -154,11 +159,7 @@ func (n *nic) wire(s *server, o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	cfg, err := n.dhcpConfig(o)
-	if err != nil {
-		return err
-	}
-	if n.dhcp, err = dhcp.New(cfg); err != nil {
+	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
 		return inputError{err}
 	}
 	e.SetStages(n.port, n.dhcp, n.nat.Outbound(0))
@@ -193,24 +194,30 @@ type podAddrs struct{ r *uplink.Router }
 func (p podAddrs) Local(ip uint32) bool { return p.r.Local().Has(ip) }
 
 // dhcpConfig is what the guest is leased.
-func (n *nic) dhcpConfig(o *options) (dhcp.Config, error) {
-	path := resolvConf(o, n.netns)
-	resolv, err := dhcp.ResolvConf(path)
-	if err != nil {
-		return dhcp.Config{}, badInput("resolvers: %w; name a file with --resolv-conf", err)
-	}
+func (n *nic) dhcpConfig(o *options) dhcp.Config {
 	net := n.iface.Network
 	c := dhcp.Config{
 		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
 		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: uplink.GatewayMAC,
-		DNS: resolv.DNS4(net.Gateway), Search: resolv.SearchDomains(n.vm.Subdomain), Hostname: n.vm.Hostname,
+		DNS: n.resolv.DNS4(net.Gateway), Search: n.resolv.SearchDomains(n.vm.Subdomain), Hostname: n.vm.Hostname,
 		MTU: n.pod.MTU(), NTPServers: n.iface.DHCP.NTPServers, TFTPServerName: n.iface.DHCP.TFTPServer,
 		BootFileName: n.iface.DHCP.BootFile, KubeVirtCompat: o.compat,
 	}
 	for _, p := range n.iface.DHCP.Private {
 		c.Private = append(c.Private, dhcp.PrivateOption{Code: p.Option, Value: p.Value})
 	}
-	return c, nil
+	return c
+}
+
+// loopbackResolver is the first of the pod's resolvers that only the pod
+// itself can reach; the guest reaches it at the gateway.
+func (n *nic) loopbackResolver() netip.Addr {
+	for _, a := range n.resolv.Servers {
+		if a.Is4() && a.IsLoopback() {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // resolvConf is the file that names the pod's resolvers: what the flag says,

@@ -50,6 +50,9 @@ type TakeoverConfig struct {
 	// NAT is the range of external ports; the zero value is DefaultNAT.
 	NAT     PortRange
 	Workers int // how many workers push to the tap
+	// Resolver is a DNS server on the pod's loopback, such as 127.0.0.53, that
+	// the guest reaches at the gateway; the zero value is none.
+	Resolver netip.Addr
 }
 
 // Pod is a network namespace that was taken over for a guest: the guest's
@@ -125,6 +128,9 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 		return fmt.Errorf("port range %d-%d is empty", c.NAT.Lo, c.NAT.Hi)
 	case !c.Guest.Is4() || !c.Gateway.Addr().Is4() || !c.Gateway.Contains(c.Guest) || c.Gateway.Addr() == c.Guest:
 		return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", c.Guest, c.Gateway)
+	}
+	if r := c.Resolver; r.IsValid() && (!r.Is4() || !r.IsLoopback()) {
+		return fmt.Errorf("resolver %s is not on the IPv4 loopback", r)
 	}
 	if err := checkPorts(c.Ports); err != nil {
 		return err
