@@ -139,8 +139,9 @@ type Device struct {
 	mac         frame.MAC
 	ctrl        ctrl
 	expecting   *time.Timer
-	complained  time.Time // when a complaint was last logged
-	muted       int       // complaints since then
+	complaints  limiter
+	comings     limiter // of frontends
+	goings      limiter
 }
 
 // NewDevice makes a device. Nothing listens before Serve.
@@ -205,7 +206,7 @@ func (d *Device) begin(uc *net.UnixConn) error {
 	s := &session{dev: d, conn: c, done: make(chan struct{})}
 	d.ses = s
 	d.sessions.Add(1)
-	d.log.Info("frontend connected")
+	d.comings.log(d.log.Info, "frontend connected")
 	d.updateState()
 	frame.Go(s.run)
 	return nil
@@ -290,16 +291,26 @@ func (d *Device) updateState() {
 
 // complain logs what a peer did wrong, at most once a second.
 func (d *Device) complain(msg string, args ...any) {
+	d.complaints.log(d.log.Warn, msg, args...)
+}
+
+// limiter lets one line a second through and says how many it kept back.
+type limiter struct {
+	last  time.Time
+	muted int
+}
+
+func (l *limiter) log(to func(string, ...any), msg string, args ...any) {
 	now := time.Now()
-	if now.Sub(d.complained) < time.Second {
-		d.muted++
+	if now.Sub(l.last) < time.Second {
+		l.muted++
 		return
 	}
-	if d.muted > 0 {
-		args = append(args, "more", d.muted)
+	if l.muted > 0 {
+		args = append(args, "more", l.muted)
 	}
-	d.complained, d.muted = now, 0
-	d.log.Warn(msg, args...)
+	l.last, l.muted = now, 0
+	to(msg, args...)
 }
 
 // expectMemory waits for the frontend to share memory now that the driver has

@@ -49,7 +49,13 @@ func (s *session) setProtocolFeatures(m *message) error {
 	if extra := f &^ offeredProtocol; extra != 0 {
 		return fmt.Errorf("%w: protocol features %v were not offered", ErrRefused, bitNames(extra, protocolNames))
 	}
-	s.dev.proto = f
+	d := s.dev
+	if d.proto != f {
+		// Which ring is the control queue depends on it.
+		d.pause(d.rings...)
+		d.proto = f
+		d.resume(d.rings...)
+	}
 	return nil
 }
 

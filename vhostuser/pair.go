@@ -50,6 +50,7 @@ type txState struct {
 	max     int    // longest frame without GSO
 	enabled bool
 	onEmpty bool // NOTIFY_ON_EMPTY
+	poll    bool // there is no kick descriptor: the frontend leaves it to us to look
 }
 
 // Pull adds the frames that wait in the tx ring to an empty batch. Frames of a
@@ -195,7 +196,7 @@ func (p *Pair) Release(*frame.Batch) {
 // Arm asks the guest for kicks and reports whether frames wait already.
 func (p *Pair) Arm() (more bool) {
 	st := p.tx.Load()
-	return st != nil && st.q.EnableNotify()
+	return st != nil && (st.poll || st.q.EnableNotify())
 }
 
 // Disarm tells the guest that kicks are not needed.

@@ -75,12 +75,12 @@ func (r *ring) unpublish() bool {
 	}
 	if r.isTx() {
 		r.pair.tx.Store(nil)
-		return true
+	} else {
+		r.pair.rx.set(nil, nil, 0)
 	}
-	r.pair.rx.set(nil, nil, 0)
-	// The lock was all that workers needed for the ring itself. But one that
-	// pulls from here may still lend our memory to others.
-	return false
+	// The lock of an rx ring is not enough: a worker that met a fault under it
+	// has let go of it and is still on its way to ask whose memory it was.
+	return true
 }
 
 // resume publishes the rings that are ready for it.
@@ -101,6 +101,9 @@ func (d *Device) resume(rings ...*ring) {
 // ready says whether the frontend has told us all about the ring.
 func (r *ring) ready() bool {
 	d := r.dev
+	if r.pair == nil && !d.isCtrl(r) {
+		return false // the last ring is nothing else
+	}
 	return r.started && r.hasAddr && r.num != 0 && !r.broken.Load() && d.ses != nil && d.featuresSet && len(d.regions) > 0
 }
 
@@ -149,6 +152,9 @@ func (r *ring) build() error {
 // publish gives the ring to the data path as its state says, and wakes it.
 func (r *ring) publish() {
 	d := r.dev
+	if !d.isCtrl(r) {
+		d.ctrl.unwatch(r) // it may have been one before
+	}
 	switch {
 	case d.isCtrl(r):
 		d.ctrl.watch(r)
@@ -163,7 +169,7 @@ func (r *ring) publish() {
 		// A queue that starts is looked at as if it had been kicked (T3).
 		r.pair.tx.Store(&txState{
 			q: r.q, ring: r, hdr: d.headerLen(), feats: d.features, max: d.maxFrame(),
-			enabled: r.enabled, onEmpty: d.features&featNotifyOnEmpty != 0,
+			enabled: r.enabled, onEmpty: d.features&featNotifyOnEmpty != 0, poll: r.kick < 0,
 		})
 		if r.broken.Load() { // a fault came in between
 			r.pair.tx.Store(nil)
@@ -186,9 +192,8 @@ func (x *rxRing) set(q *virtq.Queue, r *ring, feats uint64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.n, x.used, x.dirty = 0, 0, false
-	if q != nil && q != x.q {
-		q.DisableNotify() // buffers are looked for when frames come
-	}
+	// Guest memory is left to the workers, which survive a fault in it.
+	x.fresh = q != nil && q != x.q
 	x.q, x.ring, x.feats = q, r, feats
 	if q == nil {
 		return

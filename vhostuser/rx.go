@@ -36,6 +36,7 @@ type rxRing struct {
 	heads         [rxHeads]lent
 	n             int              // chains popped and not yet put
 	dirty         bool             // something was put and not yet published
+	fresh         bool             // the queue has not been used yet
 	frames, bytes uint64           // delivered and not yet counted
 	seg           *frame.Segmenter // made when a frame first needs it
 }
@@ -109,6 +110,10 @@ func (r *rxRing) push(fs []*frame.Frame) {
 		return
 	}
 	defer r.settle()
+	if r.fresh {
+		r.fresh = false
+		r.q.DisableNotify() // buffers are looked for when frames come
+	}
 	for _, f := range fs {
 		r.deliver(f)
 	}
@@ -121,7 +126,8 @@ func (r *rxRing) settle() {
 	if r.dirty {
 		r.publish()
 	}
-	if r.q.Err() != nil {
+	if err := r.q.Err(); err != nil {
+		r.pair.dev.breakRing(r.ring, err)
 		r.q = nil
 	}
 }
@@ -260,8 +266,7 @@ func (r *rxRing) pop() (int, frame.DropReason) {
 		return 0, frame.NoBuffer
 	case virtq.Broken:
 		r.rewind()
-		r.pair.dev.breakRing(r.ring, r.q.Err())
-		return 0, frame.QueueStopped
+		return 0, frame.QueueStopped // settle tells about it
 	}
 	r.rewind()
 	return 0, frame.NoBuffer

@@ -51,7 +51,7 @@ func (s *session) run() {
 		d.protocolErrors.Add(1)
 		d.complain("frontend's connection ended", "err", err)
 	}
-	d.log.Info("frontend disconnected")
+	d.goings.log(d.log.Info, "frontend disconnected")
 }
 
 // serve handles one message after the other.
