@@ -199,7 +199,7 @@ func FuzzSocket(f *testing.F) {
 		g := d.attacker(t)
 		_ = g.SendBytes(b) // the backend may have had enough
 		d.unharmed(t)
-		_ = g.Close() // or has closed already
+		_ = g.Close()     // or has closed already
 		g = d.attacker(t) // the listener is ready for the next one
 		d.works(t, g)
 		must(t, g.Close())

@@ -52,24 +52,6 @@ func Fold(sum uint64) uint16 {
 	return uint16(sum>>16 + sum&0xffff)
 }
 
-// Update returns the checksum field c after a 16-bit word of the summed data
-// changed from old to new (RFC 1624, equation 3).
-func Update(c, old, new uint16) uint16 {
-	return ^Fold(uint64(^c) + uint64(^old) + uint64(new))
-}
-
-// Update32 is Update for a 32-bit word at an even offset.
-func Update32(c uint16, old, new uint32) uint16 {
-	return ^Fold(uint64(^c) + uint64(^old>>16) + uint64(^old&0xffff) + uint64(new>>16) + uint64(new&0xffff))
-}
-
-// UpdatePartial32 is Update32 for the field of a NeedsCsum frame, which holds
-// the pseudo-header's sum without inversion. Only addresses and length are in
-// that sum, so ports change nothing there.
-func UpdatePartial32(c uint16, old, new uint32) uint16 {
-	return ^Update32(^c, old, new)
-}
-
 // SumFrom returns the sum over the frame from offset start to end, Head and
 // Tail. start must lie in Head.
 func (f *Frame) SumFrom(start, end int, sum uint64) uint64 {

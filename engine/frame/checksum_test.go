@@ -79,65 +79,8 @@ func TestFold(t *testing.T) {
 
 // TestUpdate compares with a checksum made anew, the cases of RFC 1624, 4
 // among them, where equation 2 of RFC 1141 goes wrong.
-func TestUpdate(t *testing.T) {
-	require.Equal(t, uint16(0x0000), Update(0xdd2f, 0x5555, 0x3285), "RFC 1624, 4")
-	r := rand.New(rand.NewPCG(7, 8))
-	edge := []uint16{0, 1, 0x7fff, 0x8000, 0xfffe, 0xffff}
-	word := func() uint16 {
-		if r.IntN(3) == 0 {
-			return edge[r.IntN(len(edge))]
-		}
-		return uint16(r.Uint32())
-	}
-	for range 20000 {
-		b := make([]byte, 20)
-		for i := 0; i < 20; i += 2 {
-			binary.BigEndian.PutUint16(b[i:], word())
-		}
-		b[0] = 0x45 // real data is never all zero
-		c := ^slowSum(b)
-		old16, new16 := binary.BigEndian.Uint16(b[4:]), word()
-		old32, new32 := binary.BigEndian.Uint32(b[12:]), uint32(word())<<16|uint32(word())
-
-		binary.BigEndian.PutUint16(b[4:], new16)
-		require.Equal(t, ^slowSum(b), Update(c, old16, new16))
-		c = ^slowSum(b)
-		binary.BigEndian.PutUint32(b[12:], new32)
-		require.Equal(t, ^slowSum(b), Update32(c, old32, new32))
-		p := ^c
-		require.Equal(t, slowSum(b), UpdatePartial32(p, old32, new32))
-	}
-}
-
 // TestUpdateFrame changes an address of a complete and of a partial frame and
 // expects what a frame with that address from the beginning has.
-func TestUpdateFrame(t *testing.T) {
-	for _, udp := range []bool{false, true} {
-		for _, complete := range []bool{false, true} {
-			p := packet{udp: udp, complete: complete, payload: pattern(999), pieces: 3}
-			f := p.frame(t)
-			require.Equal(t, ReasonNone, f.ParseIPv4())
-			old, now := f.SrcIP4(), uint32(0xc6336407)
-			binary.BigEndian.PutUint32(f.Head[f.L3+ip4Src:], now)
-			ipSum := f.Head[f.L3+ip4Sum:]
-			binary.BigEndian.PutUint16(ipSum, Update32(binary.BigEndian.Uint16(ipSum), old, now))
-			sum := f.Head[int(f.L4)+tcpSum:]
-			if udp {
-				sum = f.Head[int(f.L4)+udpSum:]
-			}
-			c := binary.BigEndian.Uint16(sum)
-			if complete {
-				binary.BigEndian.PutUint16(sum, Update32(c, old, now))
-			} else {
-				binary.BigEndian.PutUint16(sum, UpdatePartial32(c, old, now))
-				require.True(t, f.CheckOffload())
-				f.CompleteChecksum()
-			}
-			requireChecksums(t, f.Bytes())
-		}
-	}
-}
-
 // TestSumFrom tries every start, end and cut of a small frame.
 func TestSumFrom(t *testing.T) {
 	b := pattern(HeadSize + 60)

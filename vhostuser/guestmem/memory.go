@@ -223,15 +223,6 @@ func (m *Memory) UserToGuest(uva, n uint64) (gpa uint64, ok bool) {
 	return s.GPA + off, true
 }
 
-// UserSlice is Slice for an address in the frontend's own space.
-func (m *Memory) UserSlice(uva, n uint64) ([]byte, bool) {
-	gpa, ok := m.UserToGuest(uva, n)
-	if !ok {
-		return nil, false
-	}
-	return m.Slice(gpa, n)
-}
-
 // Owns reports whether a host address, for instance that of a recovered fault,
 // lies in one of the mappings.
 func (m *Memory) Owns(addr uintptr) bool {
