@@ -26,8 +26,6 @@ type sleeper struct {
 	since  int64 // when the worker last had work, ns
 	budget int64 // ns to spin this time
 
-	sleeps  int
-	nivcsw  int64 // involuntary context switches at the last look
 	offTill int64 // no spinning before this time
 }
 
@@ -56,22 +54,31 @@ func (s *sleeper) slept(from, to int64) {
 	default:
 		s.budget = 0
 	}
-	if s.sleeps++; s.sleeps&63 == 0 && s.limit > 0 {
-		s.lookAround(to)
-	}
 }
 
-// lookAround stops spinning for a while if the kernel had to take the
-// processor away from this thread: others have work for it.
-func (s *sleeper) lookAround(now int64) {
-	var ru unix.Rusage
-	if unix.Getrusage(unix.RUSAGE_THREAD, &ru) != nil {
+// Yielding comes back in a fraction of a microsecond where nobody else waits
+// for the processor.
+const (
+	shortYield = int64(5 * time.Microsecond)
+	spinPause  = int64(100 * time.Millisecond)
+)
+
+// yield lets others have the processor in the middle of spinning. If one took
+// it, there is no spinning for a while: what waits may be the very thread that
+// would send us something.
+func (s *sleeper) yield() {
+	if s.mode == PollAlways {
 		return
 	}
-	if s.nivcsw != 0 && ru.Nivcsw-s.nivcsw > 8 {
-		s.offTill = now + int64(100*time.Millisecond)
+	from := Now()
+	_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // never fails
+	s.yielded(from, Now())
+}
+
+func (s *sleeper) yielded(from, to int64) {
+	if to-from > shortYield {
+		s.budget, s.offTill = 0, to+spinPause
 	}
-	s.nivcsw = ru.Nivcsw
 }
 
 // spinLimit is how long workers of this configuration may spin: not at all

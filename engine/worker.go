@@ -114,6 +114,7 @@ func (w *Worker) run() {
 			continue
 		}
 		if w.sleep.spinning(now) {
+			w.sleep.yield()
 			continue
 		}
 		if w.arm() {
