@@ -21,6 +21,10 @@ func Unsupported(docs Docs) []Fault {
 			if n.Multus != nil {
 				say(v.networkPath(j)+".multus", "a Multus network; use pod: {}")
 			}
+			if n.Pod != nil && n.Pod.CIDR6 != "" && len(faults) < maxFaults {
+				faults = append(faults, v.fault(Warning, v.networkPath(j)+".pod.vmIPv6NetworkCIDR",
+					"not supported yet: the guest's IPv6 is not carried, its IPv4 is"))
+			}
 			if n.Claim {
 				say(v.networkPath(j)+".resourceClaim", "a network by resource claim; use pod: {}")
 			}

@@ -331,4 +331,12 @@ func TestUnsupported(t *testing.T) {
 		i1 + ".portRanges: not supported yet: port ranges; list the ports",
 		"spec.networks[1].multus: not supported yet: a Multus network; use pod: {}",
 	}, lines(Unsupported(docs)))
+
+	docs, err = Parse("v.yaml", []byte(two("name: a\nmasquerade: {}", "name: b\nmasquerade: {}", "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}", podA)))
+	require.NoError(t, err)
+	faults := Unsupported(docs)
+	assert.Equal(t, []string{
+		"warning spec.networks[0].pod.vmIPv6NetworkCIDR: not supported yet: the guest's IPv6 is not carried, its IPv4 is",
+	}, lines(faults))
+	assert.Empty(t, Errors(faults), "it is served all the same")
 }
