@@ -250,3 +250,15 @@ func TestOtherProtocols(t *testing.T) {
 		w.one(w.in(raw(hostA, podIP, proto)), portGuest)
 	}
 }
+
+// SEND_RARP teaches the guest's address, but not the gateway's or a group's.
+func TestLearnMAC(t *testing.T) {
+	w := newWorld(t)
+	other := frame.MAC{0x52, 0x54, 0, 0, 0, 9}
+	w.m.LearnMAC(0, other)
+	require.Equal(t, other.String(), w.m.Stats().Guests[0].MAC)
+	for _, bad := range []frame.MAC{{}, GatewayMAC, frame.Broadcast, {1}} {
+		w.m.LearnMAC(0, bad)
+		require.Equal(t, other.String(), w.m.Stats().Guests[0].MAC, bad)
+	}
+}

@@ -229,6 +229,15 @@ func (m *Masquerade) SetExternal(ip uint32) { m.external.Store(ip) }
 // External is the pod's address.
 func (m *Masquerade) External() uint32 { return m.external.Load() }
 
+// LearnMAC tells a guest's hardware address, as SEND_RARP does after a
+// migration, before the guest itself has said anything. The gateway's own and
+// group addresses are no guest's.
+func (m *Masquerade) LearnMAC(guest int, mac frame.MAC) {
+	if v := mac48(mac[:]); v != 0 && v>>40&1 == 0 && v != m.gwMAC {
+		m.guests[guest].mac.Store(v)
+	}
+}
+
 // Run sweeps the table until ctx ends. now is the clock that the batches'
 // times come from. It sleeps as long as nothing can expire.
 func (m *Masquerade) Run(ctx context.Context, now func() int64) {

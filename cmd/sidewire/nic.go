@@ -118,6 +118,7 @@ func (n *nic) newDevice(s *server, o *options) (*vhostuser.Device, error) {
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
 		QueuePairs: n.iface.QueuePairs, MTU: n.pod.MTU(), MAC: n.mac(), NoGuestTSO: !o.guestTSO,
 		Barrier: s.engine.Barrier, Log: s.log.With("interface", n.name()),
+		OnRARP: func(m frame.MAC) { n.nat.LearnMAC(0, m) },
 	})
 	if err != nil {
 		return nil, cannot("%w", err)
