@@ -1,5 +1,4 @@
-// Package engine moves batches of frames between ports: Worker, Port, Stage,
-// the switch and its FDB.
+// Package engine moves batches of frames between ports: Worker, Port, Stage.
 //
 // An [Engine] owns its workers and the layout: which ports exist, which stages
 // decide on what they bring, which worker serves which queue. The layout is an

@@ -40,7 +40,7 @@ const (
 )
 
 // Filter is what the guest asked the device to let through. It is kept for
-// those who care; the switch forwards by its own rules.
+// those who care; nothing here filters by it.
 type Filter struct {
 	Promisc  bool        `json:"promisc"`
 	AllMulti bool        `json:"allMulti"`
