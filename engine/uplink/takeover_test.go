@@ -16,6 +16,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
@@ -120,14 +121,46 @@ func TestPodKeepsItsFlows(t *testing.T) {
 	r.sinkUntil(notFence)
 }
 
-// A kernel that answers with a RST does not make the flow its own.
+// A RST that leaves the pod does not make the flow its own, another segment
+// does.
 func TestResetStartsNoFlow(t *testing.T) {
-	r := newRig(t, tcpPort(80))
-	r.syn(1234, 81)
-	r.next(r.outside(), "RST", tcp(81, 1234, enginetest.RST|enginetest.ACK))
-	require.NoError(t, r.pod.SetPorts(nil))
+	r := newRig(t)
+	pod := r.open(r.Pod, Config{Link: "eth0", Workers: 1})
+	leaves := func(flags byte, port uint16) {
+		send(t, pod, enginetest.TCPFrame(enginetest.Eth{Dst: r.outMAC, Src: r.podMAC}, enginetest.IP{Src: podIP, Dst: outsideIP},
+			enginetest.TCP{Src: port, Dst: 1234, Flags: flags}, nil))
+		r.next(r.outside(), "segment of the pod", tcp(port, 1234, flags))
+	}
+	leaves(enginetest.RST|enginetest.ACK, 81)
 	r.syn(1234, 81)
 	r.next(r.in(), "SYN", tcp(1234, 81, enginetest.SYN))
+	leaves(enginetest.ACK, 82)
+	r.syn(1234, 82)
+	r.sinkUntil(tcp(1234, 82, enginetest.SYN))
+}
+
+// What the engine sends by way of the kernel leaves no connection there, which
+// would take NAT's replies for its own.
+func TestMarkedFramesAreNotTracked(t *testing.T) {
+	r := newRig(t)
+	var k *Kernel
+	enginetest.Must(t, r.Pod.Do(func() (err error) {
+		k, err = OpenKernel("eth0", 1)
+		return err
+	}))
+	defer k.Close()
+	send(t, k, enginetest.UDPFrame(enginetest.Eth{Dst: r.outMAC, Src: r.podMAC}, enginetest.IP{Src: podIP, Dst: outsideIP},
+		enginetest.UDP{Src: 45001, Dst: 7}, []byte("x")))
+	r.next(r.outside(), "datagram", udp(45001, 7))
+	var text string
+	enginetest.Must(t, r.Pod.Do(func() error {
+		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, netlink.FAMILY_V4)
+		for _, f := range flows {
+			text += f.String() + "\n"
+		}
+		return err
+	}))
+	require.NotContains(t, text, "sport=45001")
 }
 
 func TestListedPorts(t *testing.T) {
