@@ -1,9 +1,15 @@
 package engine
 
 import (
+	"runtime"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
 )
 
 // A worker spins after a short sleep, not after a long one, and not for a
@@ -33,4 +39,50 @@ func TestSpinningKnowsItsPlace(t *testing.T) {
 	assert.False(t, quota.spinning(60*us), "where it would be paid for")
 	assert.True(t, (&sleeper{mode: PollAlways}).spinning(1<<60))
 	assert.False(t, (&sleeper{mode: PollNever, budget: 1 << 60}).spinning(0))
+}
+
+// A worker stays on one thread, pinned where it was told.
+func TestWorkerKeepsItsThread(t *testing.T) {
+	e := newEngine(t, Config{Workers: 1, CPUs: []int{0}, Poll: PollNever})
+	var mu sync.Mutex
+	threads, cpus := map[int]bool{}, map[int]bool{}
+	turns := 0
+	in, err := e.AddPort("in", &sink{}, stageFunc(func(*frame.Batch) {
+		mu.Lock()
+		defer mu.Unlock()
+		threads[unix.Gettid()] = true
+		var set unix.CPUSet
+		assert.NoError(t, unix.SchedGetaffinity(0, &set))
+		cpus[set.Count()] = set.IsSet(0)
+		turns++
+		// Whoever is not locked to a thread moves on to another one here.
+		for range 3 {
+			runtime.Gosched()
+		}
+	}))
+	require.NoError(t, err)
+	q := &source{}
+	e.AddQueue(in, q, 0)
+	stop := make(chan struct{})
+	defer close(stop)
+	for range 2 * runtime.GOMAXPROCS(0) { // others who want the threads
+		go func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+			}
+		}()
+	}
+	for i := 1; i <= 15; i++ {
+		q.left.Store(1)
+		e.Worker(0).Wake()
+		eventually(t, "a turn", func() bool { mu.Lock(); defer mu.Unlock(); return turns >= i })
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	assert.Len(t, threads, 1)
+	assert.Equal(t, map[int]bool{1: true}, cpus)
 }
