@@ -35,6 +35,11 @@ func inNS(fd int, f func() error) error {
 		return fmt.Errorf("current network namespace: %w", err)
 	}
 	defer unix.Close(old)
+	// Entering a namespace needs CAP_SYS_ADMIN, even one that the thread is in.
+	if sameFile(fd, old) {
+		defer runtime.UnlockOSThread()
+		return f()
+	}
 	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter network namespace: %w", privilege(err, "CAP_SYS_ADMIN"))
@@ -47,6 +52,12 @@ func inNS(fd int, f func() error) error {
 		}
 	}()
 	return f()
+}
+
+// sameFile says whether two descriptors are of the same namespace.
+func sameFile(a, b int) bool {
+	var x, y unix.Stat_t
+	return unix.Fstat(a, &x) == nil && unix.Fstat(b, &y) == nil && x.Dev == y.Dev && x.Ino == y.Ino
 }
 
 // openNS returns a descriptor of the current namespace.

@@ -194,7 +194,7 @@ func (q *Queue) Release(*frame.Batch) {}
 
 // Arm reports whether frames are waiting. Watching is edge-triggered: a socket
 // that was empty after the last Pull wakes its worker by itself.
-func (q *Queue) Arm() (more bool) { return !q.drained && poll(q.fd, unix.POLLIN, 0) != 0 }
+func (q *Queue) Arm() (more bool) { return !q.drained && poll(q.fd, unix.POLLIN, 0)&unix.POLLIN != 0 }
 
 // Disarm does nothing: nobody is woken who does not sleep.
 func (q *Queue) Disarm() {}

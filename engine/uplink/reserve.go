@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
 )
 
 // Files below /proc/sys/net belong to the namespace of the thread that opens
@@ -172,8 +173,11 @@ func savedNote(link string) (string, error) {
 			continue
 		}
 		rs, err := c.GetRules(t, &nftables.Chain{Name: savedChain, Table: t})
-		if err != nil {
+		if errors.Is(err, unix.ENOENT) {
 			return "", nil // a table without the chain: nothing was changed yet
+		}
+		if err != nil {
+			return "", nftError(err)
 		}
 		note := ""
 		for _, r := range rs {
@@ -221,7 +225,10 @@ func unreserve(link string) error {
 }
 
 // cleanup puts back what a run changed outside its own links, which end with
-// it.
+// it. While the ports cannot be given back, the note of them stays.
 func cleanup(link string) error {
-	return errors.Join(unreserve(link), deleteTables(link))
+	if err := unreserve(link); err != nil {
+		return errors.Join(err, emptyTables(link))
+	}
+	return deleteTables(link)
 }

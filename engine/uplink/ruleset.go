@@ -223,6 +223,35 @@ func (p *Pod) fillPorts() error {
 	return nil
 }
 
+var chainsEgress = []string{"egress", "marked", "seen", "seentcp"}
+
+// setEgress replaces the rules that note the pod's flows, so that none starts
+// unseen while those of before are noted.
+func (p *Pod) setEgress() error {
+	r := &rules{family: nftables.TableFamilyNetdev, table: tableName(p.c.Link)}
+	for _, c := range chainsEgress {
+		r.flush(c)
+	}
+	p.egressRules(r)
+	if err := r.commit(); err != nil {
+		return nftError(err)
+	}
+	return nil
+}
+
+// emptyTables takes all rules out of the tables but what must be put back.
+func emptyTables(link string) error {
+	dev := &rules{family: nftables.TableFamilyNetdev, table: tableName(link)}
+	for _, c := range chainsNetdev {
+		dev.flush(c)
+	}
+	ip := &rules{family: nftables.TableFamilyIPv4, table: tableName(link)}
+	for _, c := range chainsIP {
+		ip.flush(c)
+	}
+	return errors.Join(dev.commit(), ip.commit())
+}
+
 // setRules replaces all rules, in one transaction for each table.
 func (p *Pod) setRules() error {
 	dev := &rules{family: nftables.TableFamilyNetdev, table: tableName(p.c.Link)}

@@ -183,6 +183,9 @@ func (p *Pod) install() error {
 	if err := p.reserve(); err != nil {
 		return err
 	}
+	if err := p.setEgress(); err != nil {
+		return err
+	}
 	if err := p.seed(readSockets()); err != nil {
 		return err
 	}

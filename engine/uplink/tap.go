@@ -167,7 +167,9 @@ func setInetConf(index int, local bool) error {
 	req.AddData(msg)
 	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
 	conf := spec.AddRtAttr(unix.AF_INET, nil).AddRtAttr(iflaInetConf, nil)
-	conf.AddRtAttr(devconfRPFilter, nl.Uint32Attr(0))
+	// Loose: the stricter of this and conf.all counts, and frames from outside
+	// that are handed to the pod's kernel come in by the tap.
+	conf.AddRtAttr(devconfRPFilter, nl.Uint32Attr(2))
 	if local {
 		conf.AddRtAttr(devconfRouteLocalnet, nl.Uint32Attr(1))
 	}
@@ -244,8 +246,9 @@ func (t *Tap) take(b *frame.Batch, f *frame.Frame, n int, slot []byte) {
 // Release gives the slots back to the next Pull.
 func (t *Tap) Release(*frame.Batch) {}
 
-// Arm reports whether frames are waiting; see Queue.Arm.
-func (t *Tap) Arm() (more bool) { return !t.drained && poll(t.fd, unix.POLLIN, 0) != 0 }
+// Arm reports whether frames are waiting; see Queue.Arm. A tap that somebody
+// deleted has none, only an error that never ends.
+func (t *Tap) Arm() (more bool) { return !t.drained && poll(t.fd, unix.POLLIN, 0)&unix.POLLIN != 0 }
 
 // Disarm does nothing.
 func (t *Tap) Disarm() {}

@@ -218,7 +218,7 @@ func TestTapSettings(t *testing.T) {
 		require.Equal(t, want+"\n", output(t, r.Pod, "ip", "netns", "exec", r.Pod.Name, "cat", "/proc/sys/net/"+file), file)
 	}
 	read("ipv4/conf/sw-eth0/route_localnet", "1")
-	read("ipv4/conf/sw-eth0/rp_filter", "0")
+	read("ipv4/conf/sw-eth0/rp_filter", "2")
 	read("ipv4/conf/eth0/route_localnet", "0")
 	read("ipv4/ip_local_reserved_ports", "40000-65535")
 	addrs := output(t, r.Pod, "ip", "-o", "addr", "show", "dev", "sw-eth0")
