@@ -12,7 +12,7 @@ import (
 type Packet struct {
 	Bytes      []byte
 	Offload    frame.Offload
-	NumBuffers int // what the header says; 1 where it has no such field
+	NumBuffers int // what the header says, believed with MRG_RXBUF only; 1 where it has no such field
 	Buffers    int // over how many buffers it came
 }
 
@@ -274,7 +274,7 @@ func (g *Guest) Recv(q int, wait time.Duration) (Packet, error) {
 		if err := g.take(&p, r, i, int(n)); err != nil {
 			return Packet{}, err
 		}
-		if p.Buffers == p.NumBuffers {
+		if p.Buffers == p.NumBuffers || g.Features&FeatMrgRxbuf == 0 {
 			break
 		}
 	}
@@ -302,7 +302,9 @@ func (g *Guest) take(p *Packet, r *buffers, i uint16, n int) error {
 	p.Bytes = append(p.Bytes, m[g.HdrLen:]...)
 	if g.HdrLen == frame.VnetHdrMrgLen {
 		p.NumBuffers = int(binary.LittleEndian.Uint16(m[10:]))
-		if p.NumBuffers == 0 || p.NumBuffers > 1 && g.Features&FeatMrgRxbuf == 0 {
+		// Without MRG_RXBUF it must be 1 (virtio 1.2, 5.1.6.4.1), but drivers do
+		// not look, and DPDK leaves 0 there.
+		if p.NumBuffers == 0 && g.Features&FeatMrgRxbuf != 0 {
 			return fmt.Errorf("%w: num_buffers is %d", ErrBackend, p.NumBuffers)
 		}
 	}

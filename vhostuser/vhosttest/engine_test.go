@@ -87,6 +87,7 @@ func TestGuestsOfOurBackend(t *testing.T) {
 			p, err := g[1-i&1].Recv(0, soon)
 			require.NoError(t, err, "%+v: frame %d", o, i)
 			require.Equal(t, want, p.Bytes)
+			require.Equal(t, p.Buffers, p.NumBuffers)
 		}
 		for i := range g {
 			require.NoError(t, g[i].Stop())
