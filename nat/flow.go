@@ -158,7 +158,7 @@ func (m *Masquerade) open(o *opening, now int64) (ref, frame.DropReason) {
 	}
 	o.g.forget(kindOf(o.proto))
 	if o.pinned {
-		m.space(o.proto).release(o.external, seconds(now))
+		m.space(o.proto).release(o.external, unused)
 	}
 	switch {
 	case !r.found():
@@ -204,7 +204,7 @@ const minSweep = 2 * time.Second
 
 // Sweep ends the flows and drops the waiting fragments whose time is over at
 // now, in the batches' time. It returns how long nothing else can expire, or 0
-// if nothing is left; Awake tells when that changes. One goroutine may call
+// if nothing is left; Run is woken when that changes. One goroutine may call
 // it, beside the workers.
 func (m *Masquerade) Sweep(now int64) time.Duration {
 	m.asleep.Store(true)

@@ -41,7 +41,7 @@ const (
 // fragEntry leads the fragments of a packet to its flow.
 type fragEntry struct {
 	key   uint64
-	w1    uint64 // the flow's, with its generation
+	w1    uint64 // the flow's, with its generation; 0 is the pod's
 	slot  uint32
 	until uint32 // second
 }
@@ -121,8 +121,8 @@ func (m *Masquerade) forget(t *fragTable, key uint64) {
 	m.stats.fragDropped.Add(uint64(len(t.take(key))))
 }
 
-// follow returns the flow of the packet that a fragment belongs to. If that is
-// not known yet, the fragment is copied to wait, or dropped, and has got its
+// follow returns the flow of the packet that a fragment belongs to, an empty
+// ref if it is the pod's. If that is not known yet, the fragment is copied to wait, or dropped, and has got its
 // verdict.
 func (m *Masquerade) follow(t *fragTable, key uint64, f *frame.Frame, now uint32) (ref, bool) {
 	t.mu.Lock()
@@ -133,6 +133,9 @@ func (m *Masquerade) follow(t *fragTable, key uint64, f *frame.Frame, now uint32
 			e := &set[i]
 			if e.key != key || e.until < now {
 				continue
+			}
+			if e.w1 == 0 {
+				return ref{}, true // the pod's
 			}
 			r := ref{flow: m.table.at(e.slot), slot: e.slot, w1: e.w1}
 			if r.w0 = r.flow.w0.Load(); r.alive() {
@@ -288,8 +291,11 @@ func (in *Inbound) fragment(b *frame.Batch, f *frame.Frame) {
 		return
 	}
 	r, ok := in.m.follow(&in.m.frags, fragKey(f.SrcIP4(), f), f, seconds(b.Now))
-	if ok {
+	switch {
+	case ok && r.found():
 		in.fragmentOf(b, f, &r)
+	case ok:
+		in.toPod(f)
 	}
 }
 
@@ -311,6 +317,21 @@ func (in *Inbound) firstFragment(b *frame.Batch, f *frame.Frame, r *ref) {
 	for _, data := range in.m.frags.lead(fragKey(f.SrcIP4(), f), r, seconds(b.Now)) {
 		if h := in.m.resume(b, f, data); h != nil {
 			in.fragmentOf(b, h, r)
+		}
+	}
+}
+
+// firstWithoutFlow is firstFragment where f has become no guest's: the rest of
+// the packet goes where f went.
+func (in *Inbound) firstWithoutFlow(b *frame.Batch, f *frame.Frame) {
+	key := fragKey(f.SrcIP4(), f)
+	if f.Out == frame.Drop {
+		in.m.forget(&in.m.frags, key)
+		return
+	}
+	for _, data := range in.m.frags.lead(key, &ref{}, seconds(b.Now)) {
+		if h := in.m.resume(b, f, data); h != nil {
+			in.toPod(h)
 		}
 	}
 }

@@ -244,7 +244,7 @@ func (m *Masquerade) replyError(b *frame.Batch, f *frame.Frame, g *guest, typ, c
 	copy(h[0:6], f.Src())
 	copy(h[6:12], f.Dst())
 	h[12], h[13] = frame.TypeIPv4>>8, frame.TypeIPv4&0xff
-	from := m.external.Load()
+	from := m.external
 	reply.Out = m.cfg.Uplink
 	if g != nil {
 		from, reply.Out, reply.Queue = g.Gateway, g.Port, f.Queue

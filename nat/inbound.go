@@ -13,7 +13,7 @@ func (m *Masquerade) Inbound() *Inbound { return &Inbound{m} }
 // Process gives every frame of the batch that has no verdict yet one.
 func (in *Inbound) Process(b *frame.Batch) {
 	r := run{side: outside}
-	ext := in.m.external.Load()
+	ext := in.m.external
 	for i, n := 0, b.Len(); i < n; i++ { // replies are appended behind n
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
@@ -82,7 +82,7 @@ func (in *Inbound) ip(b *frame.Batch, f *frame.Frame, r *run) {
 		if !a.found() {
 			if a = in.open(b, f, u); !a.found() {
 				if f.MoreFrags() {
-					m.forget(&m.frags, fragKey(u.remote, f))
+					in.firstWithoutFlow(b, f)
 				}
 				return
 			}
@@ -137,11 +137,26 @@ func (in *Inbound) deliver(b *frame.Batch, f *frame.Frame, g *guest, queue uint3
 	f.Queue, f.Out = uint16(queue), g.Port
 }
 
-// open makes the flow of a packet that has none, if the packet may come in;
-// otherwise it is dropped in silence (RFC 5382 REQ-4).
+// toPod gives a packet that belongs to no guest to the pod's own kernel, by a
+// guest's local tap: a process may listen on a port of the NAT's range, and a
+// port that nobody has is refused there. What is late for a port that was a
+// guest's is dropped in silence instead: the pod must not end for the guest
+// what the other end may still believe in.
+func (in *Inbound) toPod(f *frame.Frame) {
+	tap := in.m.guests[0].LocalTap
+	if tap == frame.Drop {
+		f.Drop(frame.NoFlow)
+		return
+	}
+	putMAC(f.Dst(), in.m.gwMAC)
+	f.Out = tap
+}
+
+// open makes the flow of a packet that has none, if the packet may come in.
+// Otherwise it is the pod's, or dropped in silence (RFC 5382 REQ-4a).
 func (in *Inbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 	m := in.m
-	if src := u.remote; src>>24 == 0 || src>>24 == 127 || src>>28 >= 0xe || src == m.external.Load() {
+	if src := u.remote; src>>24 == 0 || src>>24 == 127 || src>>28 >= 0xe || src == m.external {
 		f.Drop(frame.Spoofed) // H082: broadcast, loopback, LAND
 		return ref{}
 	}
@@ -155,11 +170,16 @@ func (in *Inbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 	switch {
 	case u.proto == frame.ProtoTCP || u.proto == frame.ProtoUDP:
 		var how admission
-		if op.g, op.guestPort, how = s.admit(u.external); how == refused || how == invited && !m.welcome(u, w) {
-			if how == invited {
-				s.release(u.external, seconds(b.Now))
+		if op.g, op.guestPort, how = s.admit(u.external, seconds(b.Now)); how == refused || how == invited && !m.welcome(u, w) {
+			switch {
+			case how == invited:
+				s.release(u.external, unused)
+				f.Drop(frame.NoFlow)
+			case s.parting(u.external, seconds(b.Now)):
+				f.Drop(frame.NoFlow)
+			default:
+				in.toPod(f)
 			}
-			f.Drop(frame.NoFlow)
 			return ref{}
 		}
 		op.pinned = true
@@ -172,7 +192,7 @@ func (in *Inbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 	op.guest = op.g.index
 	if reason := m.admitFlow(op.g, kindOf(u.proto), w.state() == tcpInit, outside, b.Now); reason != frame.ReasonNone {
 		if op.pinned {
-			s.release(u.external, seconds(b.Now))
+			s.release(u.external, unused)
 		}
 		f.Drop(reason)
 		return ref{}

@@ -74,8 +74,8 @@ func TestForwardKeepsClient(t *testing.T) {
 	s = w.one(w.out(tcp(flow5{guestIP, hostA, 81, 1234}, "SA", 9, 2, "")), portUplink)
 	assert.Equal(t, flow5{podIP, hostA, 8080, 1234}, s.flow())
 
-	w.dropped(w.in(tcp(toPod(hostA, 1234, 81), "S", 1, 0, "")), frame.NoFlow)
-	w.dropped(w.in(udp(toPod(hostA, 1234, 80), "x")), frame.NoFlow)
+	w.inToPod(tcp(toPod(hostA, 1234, 81), "S", 1, 0, ""))
+	w.inToPod(udp(toPod(hostA, 1234, 80), "x"))
 	w.dropped(w.in(echo(hostA, podIP, 7, 1)), frame.NoFlow)
 }
 

@@ -157,7 +157,7 @@ type Config struct {
 	KernelPort frame.PortID // takes frames whose next hop is unresolved; 0 if there is none
 	Router     Router
 	Local      LocalAddrs // may be nil
-	External   uint32     // the pod's address; SetExternal changes it
+	External   uint32     // the pod's address
 	GatewayMAC frame.MAC  // zero is the package's GatewayMAC
 	// PortRange is where external ports are chosen: 40000 to 65535.
 	PortRange PortRange
@@ -180,7 +180,7 @@ type Masquerade struct {
 	cfg      Config
 	timeouts [numClasses]uint32 // seconds
 	gwMAC    uint64
-	external atomic.Uint32
+	external uint32
 	guests   []*guest
 	all      *guest // the guest that gets every port, if there is one
 	table    table
@@ -199,7 +199,7 @@ func New(c Config) (*Masquerade, error) {
 		return nil, fmt.Errorf("masquerade: %w", err)
 	}
 	m := &Masquerade{cfg: c, gwMAC: mac48(c.GatewayMAC[:]), wake: make(chan struct{}, 1)}
-	m.external.Store(c.External)
+	m.external = c.External
 	m.timeouts = c.Timeouts.classes()
 	m.hopErrs.init(c.Limits.ErrorsPerSecond, c.Limits.ErrorBurst)
 	m.frags.init(&c)
@@ -222,12 +222,6 @@ func New(c Config) (*Masquerade, error) {
 	}
 	return m, nil
 }
-
-// SetExternal changes the pod's address for all flows.
-func (m *Masquerade) SetExternal(ip uint32) { m.external.Store(ip) }
-
-// External is the pod's address.
-func (m *Masquerade) External() uint32 { return m.external.Load() }
 
 // LearnMAC tells a guest's hardware address, as SEND_RARP does after a
 // migration, before the guest itself has said anything. The gateway's own and
@@ -259,10 +253,8 @@ func (m *Masquerade) Run(ctx context.Context, now func() int64) {
 	}
 }
 
-// Awake is written to when something that can expire is made while the last
-// Sweep had found nothing.
-func (m *Masquerade) Awake() <-chan struct{} { return m.wake }
-
+// rouse wakes Run when something that can expire is made while the last Sweep
+// had found nothing.
 func (m *Masquerade) rouse() {
 	if m.asleep.Load() && m.asleep.CompareAndSwap(true, false) {
 		select {

@@ -46,7 +46,7 @@ func (r *run) set(a ref, k0, k1 uint64) {
 // Process gives every frame of the batch that has no verdict yet one.
 func (o *Outbound) Process(b *frame.Batch) {
 	r := run{side: guestSide}
-	ext := o.m.external.Load()
+	ext := o.m.external
 	for i, n := 0, b.Len(); i < n; i++ { // replies are appended behind n
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
@@ -128,6 +128,9 @@ func (o *Outbound) ip(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 	switch {
 	case f.Frag && hasPorts(f.Proto):
 		o.fragment(b, f, ext)
+		return
+	case f.Proto == frame.ProtoICMP && isError(f) && m.isLocal(f.DstIP4()):
+		o.local(f) // about what the pod's kernel sent (RFC 5508 REQ-7)
 		return
 	case f.Proto == frame.ProtoICMP && isError(f):
 		o.icmpError(b, f, ext)
@@ -235,7 +238,7 @@ func (o *Outbound) lastHop(b *frame.Batch, f *frame.Frame) {
 }
 
 func (m *Masquerade) isLocal(ip uint32) bool {
-	return ip == m.external.Load() || m.cfg.Local != nil && ip>>24 != 127 && m.cfg.Local.Local(ip)
+	return ip == m.external || m.cfg.Local != nil && ip>>24 != 127 && m.cfg.Local.Local(ip)
 }
 
 // refuse drops a packet and tells its sender so.
@@ -279,15 +282,17 @@ func (o *Outbound) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 		f.Drop(frame.NoFlow)
 		return ref{}
 	}
-	hop := m.cfg.Router.Route(dst)
-	if hop == nil {
-		m.stats.noRoute.Add(1)
-		m.refuse(b, f, g, unreachNet, frame.NoRoute)
-		return ref{}
-	}
-	// RFC 6888 REQ-11: no resources is a soft error.
+	// RFC 6888 REQ-11: no resources is a soft error. It comes before the route,
+	// which may be a question to the kernel.
 	if reason := m.admitFlow(g, kindOf(u.proto), w.state() == tcpInit, guestSide, b.Now); reason != frame.ReasonNone {
 		m.refuse(b, f, g, unreachHost, reason)
+		return ref{}
+	}
+	hop := m.cfg.Router.Route(dst)
+	if hop == nil {
+		g.forget(kindOf(u.proto))
+		m.stats.noRoute.Add(1)
+		m.refuse(b, f, g, unreachNet, frame.NoRoute)
 		return ref{}
 	}
 	op := opening{tuple: u, g: g, side: guestSide, queue: f.Queue, hop: hop, tcp: w}

@@ -50,6 +50,9 @@ type portSpace struct {
 	// busy has a bit for every port with a mapping, so that a packet that
 	// nobody waits for is recognised without the lock.
 	busy [1024]atomic.Uint64
+	// parted has a bit for every port that lost its mapping, until somebody
+	// asks for it when PortHold is over.
+	parted [1024]atomic.Uint64
 
 	mu sync.Mutex // guards everything below
 	// external and inside are tables of pages, made when first needed.
@@ -206,6 +209,27 @@ func (s *portSpace) held(p *mapping, now uint32) bool {
 	return now-p.freed < uint32(s.m.cfg.Timeouts.PortHold.Seconds())
 }
 
+// parting says whether a port without a mapping had one less than PortHold
+// ago, whatever the protocol and the filter: what comes for it is late and
+// meant for its last owner.
+func (s *portSpace) parting(ext uint16, now uint32) bool {
+	word, bit := &s.parted[ext/64], uint64(1)<<(ext%64)
+	if word.Load()&bit == 0 {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if now-s.at(ext).freed < uint32(s.m.cfg.Timeouts.PortHold.Seconds()) {
+		return true
+	}
+	word.And(^bit)
+	return false
+}
+
+// unused is the time for release of a port that no flow came to use: nothing
+// is on its way to it, so it is held no longer than it was.
+const unused = 0
+
 // release gives back a reference.
 func (s *portSpace) release(ext uint16, now uint32) {
 	s.mu.Lock()
@@ -214,7 +238,10 @@ func (s *portSpace) release(ext uint16, now uint32) {
 	if p.refs--; p.busy() {
 		return
 	}
-	p.freed = now
+	if now != unused {
+		p.freed = now
+		s.parted[ext/64].Or(1 << (ext % 64))
+	}
 	s.drop(p, ext)
 }
 
@@ -241,7 +268,7 @@ const (
 
 // admit looks whose a packet from outside to ext is when no flow is known, and
 // takes a reference for the flow to come unless it is refused.
-func (s *portSpace) admit(ext uint16) (*guest, uint16, admission) {
+func (s *portSpace) admit(ext uint16, now uint32) (*guest, uint16, admission) {
 	all := s.m.all
 	if all == nil && !s.mapped(ext) {
 		return nil, 0, refused
@@ -256,7 +283,7 @@ func (s *portSpace) admit(ext uint16) (*guest, uint16, admission) {
 	case p.refs > 0 && (all == nil || p.owner != all.index+1 || p.guestPort != ext):
 		p.refs++
 		return s.m.guests[p.owner-1], p.guestPort, invited
-	case all == nil:
+	case all == nil, p.owner != 0 && p.owner != all.index+1 && s.held(p, now):
 		return nil, 0, refused
 	}
 	s.claim(all, ext, ext)

@@ -91,7 +91,7 @@ func hammer(m *Masquerade, seed uint64, now, good, bad *atomic.Int64) {
 		}
 		back := one(in, udp(flow5{f.dst, podIP, 53, o.SrcPort()}, "y"))
 		switch {
-		case back.Out == frame.Drop: // it has expired meanwhile
+		case back.Out == frame.Drop, back.Out == portTap: // it has expired meanwhile
 		case back.SrcIP4() != f.dst, (back.DstIP4() == guestIP) != (back.DstPort() < 50100):
 			// Somebody else may have got the port since, but with its own.
 			bad.Add(1)

@@ -59,6 +59,8 @@ func TestRFC4787REQ5Timer(t *testing.T) {
 	w.m.Sweep(w.now)
 	require.Empty(t, w.flows())
 	w.dropped(w.in(udp(f.back(), "late")), frame.NoFlow)
+	w.pass(120 * time.Second)
+	w.inToPod(udp(f.back(), "nobody remembers"))
 	assert.Zero(t, w.m.Stats().Mappings)
 	assert.Zero(t, w.m.Stats().Guests[0].Flows)
 }
@@ -106,13 +108,17 @@ func TestRFC4787REQ8Filtering(t *testing.T) {
 			f := w.one(w.out(udp(fromGuestTo(2000, hostB, 53), "x")), portUplink).flow()
 			check := func(from flow5, pass bool) {
 				t.Helper()
-				fs := w.in(udp(from, "y"))
-				if !pass {
+				p := udp(from, "y")
+				fs := w.in(p)
+				switch {
+				case pass:
+					s := w.one(fs, portGuest)
+					assert.Equal(t, flow5{from.src, guestIP, from.sport, 2000}, s.flow())
+				case from.dport == f.sport:
 					w.dropped(fs, frame.NoFlow)
-					return
+				default:
+					w.podsOwn(p, fs)
 				}
-				s := w.one(fs, portGuest)
-				assert.Equal(t, flow5{from.src, guestIP, from.sport, 2000}, s.flow())
 			}
 			check(toPod(hostB, 53, f.sport), tc.samePort)
 			check(toPod(hostB, 54, f.sport), tc.other)
@@ -152,7 +158,7 @@ func TestRFC4787REQ11Deterministic(t *testing.T) {
 		fs := w.out(udp(fromGuestTo(2000, hostB+1+i, 53), "x"))
 		assert.Equal(t, first.sport, w.one(fs, portUplink).flow().sport, "the mapping does not change with load")
 	}
-	w.dropped(w.in(udp(toPod(hostA, 9, first.sport^1), "x")), frame.NoFlow)
+	w.inToPod(udp(toPod(hostA, 9, first.sport^1), "x"))
 }
 
 func TestRFC4787REQ12ICMPRemovesNothing(t *testing.T) {
@@ -264,6 +270,39 @@ func TestRFC4787REQ14Fragments(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The rest of a packet goes where its first fragment went, to the pod too.
+func TestRFC4787REQ14FragmentsForThePod(t *testing.T) {
+	for name, order := range map[string][]int{"in order": {0, 1, 2}, "reversed": {2, 1, 0}} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, ports80)
+			parts := fragments(udp(toPod(hostA, 9, 45000), pattern(4000)), 1480)
+			var got []string
+			for _, i := range order {
+				for _, f := range w.in(parts[i]) {
+					if f.Out == frame.Consumed {
+						continue
+					}
+					require.Equal(t, portTap, f.Out, f.Reason.String())
+					got = append(got, string(f.Bytes()[6:]))
+				}
+			}
+			var want []string
+			for _, p := range parts {
+				want = append(want, string(p.data[6:]))
+			}
+			assert.ElementsMatch(t, want, got)
+			assert.Zero(t, w.m.Stats().Fragments.Waiting)
+
+		})
+	}
+	w := newWorld(t, ports80, noTap)
+	parts := fragments(udp(toPod(hostA, 9, 45000), pattern(2000)), 1480)
+	w.in(parts[1])
+	require.Positive(t, w.m.Stats().Fragments.Waiting)
+	w.dropped(w.in(parts[0]), frame.NoFlow)
+	assert.Zero(t, w.m.Stats().Fragments.Waiting, "nothing waits for a first one that was refused")
 }
 
 func TestRFC4787REQ14MissingFirst(t *testing.T) {

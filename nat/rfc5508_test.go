@@ -231,6 +231,57 @@ func TestRFC5508REQ10fRateLimit(t *testing.T) {
 	assert.Equal(t, 10, n)
 }
 
+// Each kind of complaint is limited, towards the guest and towards the outside
+// apart, so that nobody can use the engine to flood another.
+func TestComplaintsAreLimited(t *testing.T) {
+	big := string(make([]byte, 1600))
+	for name, c := range map[string]struct {
+		opts []option
+		in   bool
+		p    packet
+	}{
+		"time exceeded":             {nil, false, edit(udp(fromGuestTo(2000, hostB, 9), "x"), func(ip []byte) { ip[8] = 1 })},
+		"too big":                   {nil, false, udp(fromGuestTo(2000, hostB, 9), big)},
+		"policy":                    {[]option{func(c *Config) { c.Deny = []Prefix{{hostB, 32}} }}, false, udp(fromGuestTo(2000, hostB, 9), "x")},
+		"no route":                  {[]option{func(c *Config) { c.Router.(*oneHop).none[hostB] = true }}, false, udp(fromGuestTo(2000, hostB, 9), "x")},
+		"time exceeded from inside": {nil, true, edit(udp(toPod(hostA, 4, 5), "x"), func(ip []byte) { ip[8] = 1 })},
+		"too big from inside":       {nil, true, udp(toPod(hostA, 4, 5), big)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, append(c.opts, limits(Limits{ErrorsPerSecond: 10, ErrorBurst: 4}))...)
+			send, other := w.out, w.in
+			op := edit(udp(toPod(hostA, 6, 7), "x"), func(ip []byte) { ip[8] = 1 })
+			if c.in {
+				send, other = w.in, w.out
+				op = edit(udp(fromGuestTo(6, hostA, 7), "x"), func(ip []byte) { ip[8] = 1 })
+			}
+			complaints := func() (n int) {
+				for range 100 {
+					n += len(send(c.p)) - 1
+				}
+				return n
+			}
+			assert.Equal(t, 4, complaints())
+			assert.EqualValues(t, 96, w.m.Stats().ICMPLimited)
+			assert.Len(t, other(op), 2, "the other side has a limit of its own")
+			w.pass(200 * time.Millisecond)
+			assert.Equal(t, 2, complaints())
+		})
+	}
+}
+
+// Hairpinning is the pod's kernel's, and so are errors about what it sent.
+func TestRFC5508REQ7HairpinnedErrors(t *testing.T) {
+	w := newWorld(t, ports80)
+	for _, dst := range []uint32{podIP, gatewayIP} {
+		p := icmpAbout(guestIP, dst, 3, 3, udp(flow5{dst, guestIP, 7777, 2000}, "x"))
+		fs := w.out(p)
+		require.Len(t, fs, 1)
+		require.Equal(t, portTap, fs[0].Out)
+		assert.Equal(t, p.data, fs[0].Bytes())
+	}
+}
+
 func TestRFC5508REQ10cREQ11OtherTypes(t *testing.T) {
 	w := newWorld(t)
 	for _, typ := range []uint8{4, 5, 9, 10, 15, 16, 17, 18, 30, 255} {

@@ -99,7 +99,7 @@ func TestForwards(t *testing.T) {
 	require.ErrorIs(t, m.RemoveForward(Forward{Port: 90, Last: 96, GuestPort: 1090}), ErrNoForward)
 	require.NoError(t, m.RemoveForward(Forward{Port: 90, Last: 95, GuestPort: 1090}))
 	w.one(w.in(tcp(f, "A", 2, 1, "lives on")), portGuest)
-	w.dropped(w.in(tcp(toPod(hostA, 1234, 94), "S", 1, 0, "")), frame.NoFlow)
+	w.inToPod(tcp(toPod(hostA, 1234, 94), "S", 1, 0, ""))
 	require.ErrorIs(t, m.AddForward(Forward{Guest: 1, Port: 93}), ErrPortInUse, "its flow lives")
 }
 
@@ -108,7 +108,7 @@ func TestSweepSleepsWhenIdle(t *testing.T) {
 	assert.Zero(t, w.m.Sweep(w.now))
 	w.out(udp(fromGuestTo(1, hostB, 2), "x"))
 	select {
-	case <-w.m.Awake():
+	case <-w.m.wake:
 	default:
 		t.Fatal("a first flow rouses the sweeper")
 	}
@@ -117,7 +117,7 @@ func TestSweepSleepsWhenIdle(t *testing.T) {
 	assert.Greater(t, next, 20*time.Second)
 	w.out(udp(fromGuestTo(2, hostB, 2), "x"))
 	select {
-	case <-w.m.Awake():
+	case <-w.m.wake:
 		t.Fatal("it has a time to wake up already")
 	default:
 	}

@@ -354,6 +354,24 @@ func (w *world) dropped(fs []*frame.Frame, r frame.DropReason) {
 	require.Equal(w.t, r.String(), fs[0].Reason.String())
 }
 
+// podsOwn wants a batch of one frame that goes to the pod's own kernel as it
+// came, but for the gateway's hardware address as its destination.
+func (w *world) podsOwn(p packet, fs []*frame.Frame) {
+	w.t.Helper()
+	require.Len(w.t, fs, 1)
+	require.Equal(w.t, portTap, fs[0].Out, "dropped for %v", fs[0].Reason)
+	require.Equal(w.t, append(append([]byte(nil), GatewayMAC[:]...), p.data[6:]...), fs[0].Bytes())
+}
+
+// inToPod sends a packet from outside and wants it to be the pod's own.
+func (w *world) inToPod(p packet) {
+	w.t.Helper()
+	w.podsOwn(p, w.in(p))
+}
+
+// noTap is a pod whose kernel is out of reach.
+func noTap(c *Config) { c.Guests[0].LocalTap = frame.Drop }
+
 func (s seen) flow() flow5 {
 	f := flow5{src: binary.BigEndian.Uint32(s.ip.SrcIP), dst: binary.BigEndian.Uint32(s.ip.DstIP)}
 	switch l := s.TransportLayer().(type) {
