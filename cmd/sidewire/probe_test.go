@@ -131,6 +131,25 @@ func TestKubeVirt11Flows(t *testing.T) {
 	})
 }
 
+// The range that the guest's flows go out from is no less the pod's, where it
+// is not the guest's: its processes answer there, and closed ports refuse.
+func TestKubeVirt11PortsOfTheRange(t *testing.T) {
+	runProbes(t, []probe{
+		{"pod's listener", func(s *scene) string { return s.tcp(s.Outside, "10.244.1.5:45000") },
+			"refused by vm", "pod, peer 10.244.1.1"},
+		{"pod's listener udp", func(s *scene) string { return s.udp(s.Outside, "10.244.1.5:45000") },
+			"refused by vm", "pod, peer 10.244.1.1"},
+		{"far to pod's listener", func(s *scene) string { return s.tcp(s.far, "10.244.1.5:45000") },
+			"refused by vm", "pod, peer 192.0.2.9"},
+		{"datagrams of 9000 to pod's listener", func(s *scene) string { return s.ask(s.Outside, "udp4", "", "10.244.1.5:45000", 9000) },
+			"refused by vm", "pod, peer 10.244.1.1"},
+		{"closed", func(s *scene) string { return s.tcp(s.Outside, "10.244.1.5:45001") },
+			"refused by vm", "refused by pod"},
+		{"closed udp", func(s *scene) string { return s.udp(s.Outside, "10.244.1.5:45001") },
+			"refused by vm", "refused by pod"},
+	})
+}
+
 // What ICMP and fragments do.
 func TestKubeVirt11ICMP(t *testing.T) {
 	runProbes(t, []probe{

@@ -156,11 +156,11 @@ func (s *scene) configureGuest() {
 }
 
 // serve starts the servers of the probes: the guest on 80 and 81, the pod on
-// 81 and 7777, the outside on 9001 (9000 is HTTP), the far host on 9000.
+// 81, 7777 and 45000, which is in the NAT's range, the outside on 9001 (9000 is HTTP), the far host on 9000.
 func (s *scene) serve() {
 	s.t.Helper()
 	s.serveAt(s.guest, "vm", 80, 81)
-	s.serveAt(s.Pod, "pod", 81, 7777)
+	s.serveAt(s.Pod, "pod", 81, 7777, 45000)
 	s.serveAt(s.Outside, "outside", 9001)
 	s.serveAt(s.far, "far", 9000)
 }
