@@ -1,10 +1,8 @@
 package uplink
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"sync"
 	"sync/atomic"
 
@@ -18,23 +16,30 @@ import (
 // Theory of operation.
 //
 // A flow asks Route once and keeps the Hop. The router remembers one Hop for
-// each next hop, and for each destination which of them it is, so that a
-// guest that scans a network costs one question to the kernel for each
-// address, and an answer from memory for the next flow. Everything that the
-// kernel tells (it is asked to tell, nothing is polled, so an idle router
-// makes no wake-ups) ends in one of three things: a neighbour's address is
-// set, or it is invalidated, or hops are retired and the flows ask again.
+// each next hop and MTU, and for each destination which of them it is, or that
+// there is none, so that a guest that scans a network costs one question to
+// the kernel for each address, and an answer from memory for the next flow.
+// Everything that the kernel tells (it is asked to tell, nothing is polled, so
+// an idle router makes no wake-ups) ends in one of three things: a neighbour's
+// address is set, or it is invalidated, or hops are retired and the flows ask
+// again.
 //
 // The engine's frames do not pass the kernel's neighbour table, so the kernel
 // takes the entry for unused and lets it go stale. A stale entry that frames
 // went to since it was last looked at is marked as used, which makes the
-// kernel probe it. One that nobody used is retired instead: the next frame
-// asks for the route, and that marks it as used.
+// kernel probe it. The hops of one that nobody used are retired instead: the
+// next frame asks for the route, and that marks it as used.
+//
+// Workers ask for routes themselves: the kernel answers that without a lock.
+// Questions about neighbours take the RTNL, which anybody on the machine may
+// hold for long, so a worker only marks the neighbour and a goroutine asks.
 
-// routeMax and hopMax bound the remembered destinations and next hops.
+// routeMax, neighMax and mtuMax bound the remembered destinations, the next
+// hops, and the MTUs of one next hop.
 const (
 	routeMax = 4096
-	hopMax   = 1024
+	neighMax = 1024
+	mtuMax   = 8
 )
 
 // Router finds next hops by one link. Route and Local are safe for concurrent
@@ -43,24 +48,18 @@ type Router struct {
 	index int
 	local atomic.Pointer[AddrSet]
 	sub   *nl.NetlinkSocket
-	h     *netlink.Handle
-	query int // descriptor of a socket of our own for RTM_GETROUTE
-	done  chan struct{}
+	h     *netlink.Handle // the listener's
+	probe prober
+	done  sync.WaitGroup // the listener and the prober
 
-	mu    sync.Mutex // guards what follows, and query
-	mac   frame.MAC
-	mtu   int
-	up    bool
-	noARP bool
-	hops  map[uint32]*hopEntry // by next hop's address
-	dsts  map[uint32]*frame.Hop
-	seq   uint32
-	buf   [4096]byte
-}
-
-type hopEntry struct {
-	hop    *frame.Hop
-	probed int64 // the hop's Used at the last look
+	mu     sync.Mutex // guards what follows
+	routes asker
+	mac    frame.MAC
+	mtu    int
+	up     bool
+	noARP  bool
+	neighs map[uint32]*neighbour
+	dsts   map[uint32]*frame.Hop // nil is no way by this link
 }
 
 // AddrSet is an immutable set of IPv4 addresses.
@@ -101,8 +100,19 @@ func newAddrSet(ips []uint32) *AddrSet {
 }
 
 // NewRouter makes a router for a link of the current network namespace.
-func NewRouter(linkName string) (r *Router, err error) {
-	r = &Router{query: -1, hops: map[uint32]*hopEntry{}, dsts: map[uint32]*frame.Hop{}, done: make(chan struct{})}
+func NewRouter(linkName string) (*Router, error) {
+	r, err := openRouter(linkName)
+	if err != nil {
+		return nil, err
+	}
+	r.done.Go(r.listen)
+	r.done.Go(r.probeOnDemand)
+	return r, nil
+}
+
+// openRouter is NewRouter without what runs by itself.
+func openRouter(linkName string) (r *Router, err error) {
+	r = &Router{neighs: map[uint32]*neighbour{}, dsts: map[uint32]*frame.Hop{}, routes: asker{fd: -1}, probe: newProber()}
 	defer func() {
 		if err != nil {
 			r.closeSockets()
@@ -123,21 +133,17 @@ func NewRouter(linkName string) (r *Router, err error) {
 	if r.h, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
 		return r, err
 	}
-	r.query, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
-	if err != nil {
+	if err := errors.Join(r.routes.open(), r.probe.open()); err != nil {
 		return r, err
 	}
-	if err := errors.Join(r.loadLink(), r.loadAddrs()); err != nil {
-		return r, err
-	}
-	go r.listen()
-	return r, nil
+	return r, errors.Join(r.loadLink(), r.loadAddrs())
 }
 
 // Close ends the subscription. Hops stay as they are.
 func (r *Router) Close() {
 	r.sub.Close()
-	<-r.done
+	close(r.probe.stop)
+	r.done.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.sub = nil
@@ -151,10 +157,8 @@ func (r *Router) closeSockets() {
 	if r.h != nil {
 		r.h.Close()
 	}
-	if r.query >= 0 {
-		unix.Close(r.query)
-		r.query = -1
-	}
+	r.routes.close()
+	r.probe.close()
 }
 
 // Local is the set of the namespace's own addresses on links, without those
@@ -166,202 +170,23 @@ func (r *Router) Local() *AddrSet { return r.local.Load() }
 func (r *Router) Route(dst uint32) *frame.Hop {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if h := r.dsts[dst]; h != nil && !h.Retired() {
-		return h
-	}
-	a, ok := r.ask(dst)
-	if !ok || a.link != r.index || !r.up {
+	if !r.up {
 		return nil
 	}
-	h := r.hop(a.next, a.mtu)
+	if h, ok := r.dsts[dst]; ok && (h == nil || !h.Retired()) {
+		return h
+	}
+	b := r.routes.route(dst)
+	if b == nil {
+		return nil // the kernel did not answer, which says nothing
+	}
+	var h *frame.Hop
+	if a, ok := parseRoute(b, dst); ok && a.link == r.index {
+		h = r.hop(a.next, a.mtu)
+	}
 	if len(r.dsts) >= routeMax {
 		clear(r.dsts)
 	}
 	r.dsts[dst] = h
 	return h
-}
-
-// hop returns the Hop of a neighbour, with its address if the kernel has it.
-func (r *Router) hop(next uint32, mtu int) *frame.Hop {
-	if mtu == 0 || mtu > r.mtu {
-		mtu = r.mtu
-	}
-	if e := r.hops[next]; e != nil && !e.hop.Retired() {
-		if e.hop.MTU == mtu {
-			return e.hop
-		}
-		// The same neighbour by a route with an MTU of its own.
-		h := &frame.Hop{MTU: mtu, Src: r.mac}
-		if m, ok := e.hop.Addr(); ok {
-			h.Set(m)
-		}
-		e.hop.Retire()
-		e.hop = h
-		return h
-	}
-	r.evict()
-	h := &frame.Hop{MTU: mtu, Src: r.mac}
-	r.hops[next] = &hopEntry{hop: h, probed: -1}
-	if r.noARP {
-		h.Set(r.mac)
-		return h
-	}
-	if n := r.askNeighbour(next); n != nil && usable(n.State) {
-		setHop(h, n.HardwareAddr)
-	}
-	r.probe(next)
-	return h
-}
-
-// evict keeps the hops bounded: the unknown ones go first, which are those of
-// a guest that scans the link.
-func (r *Router) evict() {
-	if len(r.hops) < hopMax {
-		return
-	}
-	for ip, e := range r.hops {
-		if _, ok := e.hop.Addr(); !ok {
-			e.hop.Retire()
-			delete(r.hops, ip)
-		}
-	}
-	if len(r.hops) >= hopMax {
-		r.retireLocked()
-	}
-}
-
-func setHop(h *frame.Hop, a net.HardwareAddr) {
-	if m := (frame.MAC{}); len(a) == len(m) {
-		copy(m[:], a)
-		h.Set(m)
-	}
-}
-
-// usable says whether a neighbour in that state has an address (NUD_VALID).
-func usable(state int) bool {
-	return state&(netlink.NUD_PERMANENT|netlink.NUD_NOARP|netlink.NUD_REACHABLE|netlink.NUD_PROBE|netlink.NUD_STALE|netlink.NUD_DELAY) != 0
-}
-
-// probe tells the kernel that a neighbour is in use: an unknown one is asked
-// for, a stale one is asked again.
-func (r *Router) probe(next uint32) {
-	ip := binary.BigEndian.AppendUint32(nil, next)
-	// A failure shows as a neighbour that stays unknown.
-	_ = r.h.NeighSet(&netlink.Neigh{LinkIndex: r.index, Family: netlink.FAMILY_V4, IP: ip, Flags: netlink.NTF_USE})
-}
-
-func addr4(ip net.IP) (uint32, bool) {
-	if ip = ip.To4(); ip == nil {
-		return 0, false
-	}
-	return binary.BigEndian.Uint32(ip), true
-}
-
-// answer is what the kernel says of a destination.
-type answer struct {
-	link int
-	next uint32
-	mtu  int
-}
-
-// ask asks the kernel for the route to dst.
-func (r *Router) ask(dst uint32) (answer, bool) {
-	fixed := [unix.SizeofRtMsg]byte{unix.AF_INET, 32}
-	b := r.transact(unix.RTM_GETROUTE, fixed[:], unix.RTA_DST, dst)
-	return parseRoute(b, dst)
-}
-
-// askNeighbour asks the kernel for one neighbour; nil if it has none.
-func (r *Router) askNeighbour(ip uint32) *netlink.Neigh {
-	fixed := [unix.SizeofNdMsg]byte{unix.AF_INET}
-	binary.NativeEndian.PutUint32(fixed[4:], uint32(r.index))
-	b := r.transact(unix.RTM_GETNEIGH, fixed[:], unix.NDA_DST, ip)
-	if len(b) < unix.SizeofNlMsghdr+unix.SizeofNdMsg || binary.NativeEndian.Uint16(b[4:]) != unix.RTM_NEWNEIGH {
-		return nil
-	}
-	n, err := netlink.NeighDeserialize(b[unix.SizeofNlMsghdr:])
-	if err != nil {
-		return nil
-	}
-	return n
-}
-
-// transact sends a request of a fixed part and one address, and returns the
-// answer, valid until the next one, or nil. The kernel answers while it is
-// asked, so there is nothing to wait for.
-func (r *Router) transact(typ uint16, fixed []byte, attr uint16, ip uint32) []byte {
-	r.seq++
-	ne := binary.NativeEndian
-	b := r.buf[:unix.SizeofNlMsghdr]
-	clear(b)
-	ne.PutUint16(b[4:], typ)
-	ne.PutUint16(b[6:], unix.NLM_F_REQUEST)
-	ne.PutUint32(b[8:], r.seq)
-	b = append(b, fixed...)
-	b = ne.AppendUint16(b, unix.SizeofRtAttr+4)
-	b = ne.AppendUint16(b, attr)
-	b = binary.BigEndian.AppendUint32(b, ip)
-	ne.PutUint32(b, uint32(len(b)))
-	if err := unix.Sendto(r.query, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil
-	}
-	for {
-		n, from, err := unix.Recvfrom(r.query, r.buf[:], 0)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil || n < unix.SizeofNlMsghdr {
-			return nil
-		}
-		kernel, ok := from.(*unix.SockaddrNetlink)
-		if ok && kernel.Pid == 0 && ne.Uint32(r.buf[8:]) == r.seq {
-			// Attributes are read from the first message only.
-			return r.buf[:min(n, int(ne.Uint32(r.buf[0:])))]
-		}
-	}
-}
-
-// parseRoute reads an RTM_NEWROUTE message. A refusal is an NLMSG_ERROR.
-func parseRoute(b []byte, dst uint32) (answer, bool) {
-	ne := binary.NativeEndian
-	const fixed = unix.SizeofNlMsghdr + unix.SizeofRtMsg
-	if len(b) < fixed || ne.Uint16(b[4:]) != unix.RTM_NEWROUTE || b[23] != unix.RTN_UNICAST {
-		return answer{}, false
-	}
-	a := answer{next: dst}
-	for b := b[fixed:]; len(b) >= unix.SizeofRtAttr; {
-		n, typ := int(ne.Uint16(b)), ne.Uint16(b[2:])
-		if n < unix.SizeofRtAttr || n > len(b) {
-			break
-		}
-		v := b[unix.SizeofRtAttr:n]
-		switch {
-		case typ == unix.RTA_OIF && len(v) >= 4:
-			a.link = int(ne.Uint32(v))
-		case typ == unix.RTA_GATEWAY && len(v) >= 4:
-			a.next = binary.BigEndian.Uint32(v)
-		case typ == unix.RTA_VIA:
-			return answer{}, false // an IPv6 neighbour for IPv4: nobody resolves it here
-		case typ == unix.RTA_METRICS:
-			a.mtu = metricMTU(v)
-		}
-		b = b[min(len(b), (n+3)&^3):]
-	}
-	return a, true
-}
-
-// metricMTU finds RTAX_MTU among a route's metrics.
-func metricMTU(b []byte) int {
-	ne := binary.NativeEndian
-	for len(b) >= 8 {
-		n := int(ne.Uint16(b))
-		if n < 8 || n > len(b) {
-			return 0
-		}
-		if ne.Uint16(b[2:]) == unix.RTAX_MTU {
-			return int(ne.Uint32(b[4:]))
-		}
-		b = b[min(len(b), (n+3)&^3):]
-	}
-	return 0
 }

@@ -114,7 +114,6 @@ func TestRouteChanges(t *testing.T) {
 	require.Eventually(t, func() bool { h := r.Route(dst); return h != nil && h.MTU == 1300 }, deadline, time.Millisecond)
 	retired(func() { enginetest.Must(t, w.Pod.SetMAC("eth0", [6]byte{2, 0, 0, 0, 0, 7})) })
 	require.Equal(t, frame.MAC{2, 0, 0, 0, 0, 7}, r.Route(dst).Src)
-	require.Equal(t, frame.MAC{2, 0, 0, 0, 0, 7}, r.MAC())
 	retired(func() { enginetest.Must(t, w.Pod.Down("eth0")) })
 	require.Eventually(t, func() bool { return r.Route(dst) == nil }, deadline, time.Millisecond)
 	enginetest.Must(t, w.Pod.Up("eth0"), w.Pod.Route("default", enginetest.OutsideIP))
@@ -216,7 +215,7 @@ func TestRouteIsBounded(t *testing.T) {
 		require.NotNil(t, r.Route(u32("100.64.0.0")+i))
 	}
 	require.LessOrEqual(t, len(r.dsts), routeMax)
-	require.Len(t, r.hops, 1)
+	require.Len(t, r.neighs, 1)
 	known := r.Route(u32("100.64.0.0"))
 	resolved(t, known)
 	enginetest.Must(t, w.Pod.Addr("eth0", "172.16.0.1/16"))
@@ -225,12 +224,114 @@ func TestRouteIsBounded(t *testing.T) {
 	// known; what is asked after the last one stays.
 	require.Eventually(t, func() bool {
 		known = r.Route(u32("100.64.0.0"))
-		for i := range uint32(2 * hopMax) {
+		for i := range uint32(2 * neighMax) {
 			require.NotNil(t, r.Route(u32("172.16.1.0")+i))
 		}
 		return !known.Retired()
 	}, deadline, time.Millisecond, "what is known stays")
-	require.LessOrEqual(t, len(r.hops), hopMax)
+	require.LessOrEqual(t, len(r.neighs), neighMax)
+}
+
+// What cannot be reached costs one question too, until routes change.
+func TestNoRouteIsRemembered(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	output(t, w.Pod, "ip", "route", "add", "unreachable", "203.0.113.0/24")
+	r := newRouter(t, w.Pod)
+	questions := func(dst uint32) (n uint32) {
+		before := r.routes.seq
+		for range 100 {
+			require.Nil(t, r.Route(dst))
+		}
+		return r.routes.seq - before
+	}
+	dst := u32("203.0.113.1")
+	require.EqualValues(t, 1, questions(dst))
+	require.EqualValues(t, 0, questions(dst))
+	for i := range uint32(2 * routeMax) {
+		require.Nil(t, r.Route(u32("203.0.113.0")+i%256))
+		require.Nil(t, r.Route(u32("127.0.0.0")+i))
+	}
+	require.LessOrEqual(t, len(r.dsts), routeMax)
+	output(t, w.Pod, "ip", "route", "add", "203.0.113.1", "via", enginetest.OutsideIP)
+	settled(t, r, dst)
+
+	enginetest.Must(t, w.Pod.Down("eth0"))
+	require.Eventually(t, func() bool { r.mu.Lock(); defer r.mu.Unlock(); return !r.up }, deadline, time.Millisecond)
+	require.EqualValues(t, 0, questions(u32("198.51.100.1")), "a link that is down has no way to anywhere")
+	// A kernel that did not answer said nothing.
+	enginetest.Must(t, w.Pod.Up("eth0"), w.Pod.Route("default", enginetest.OutsideIP))
+	settled(t, r, u32("198.51.100.1"))
+	r.mu.Lock()
+	fd := r.routes.fd
+	r.routes.fd = -1
+	r.mu.Unlock()
+	require.Nil(t, r.Route(u32("198.51.100.9")))
+	r.mu.Lock()
+	r.routes.fd = fd
+	r.mu.Unlock()
+	require.NotNil(t, r.Route(u32("198.51.100.9")))
+}
+
+// Questions about neighbours may wait for the RTNL, so that who asks for a
+// route leaves them to the prober: not one neighbour is touched before it runs.
+func TestRouteDoesNotProbe(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	var r *Router
+	enginetest.Must(t, w.Pod.Do(func() (err error) {
+		r, err = openRouter("eth0")
+		return err
+	}))
+	defer r.closeSockets()
+	neigh := func() string { return output(t, w.Pod, "ip", "neigh", "show", "dev", "eth0") }
+	output(t, w.Pod, "ip", "neigh", "flush", "all")
+	h := r.Route(u32("198.51.100.1"))
+	_, known := h.Addr()
+	require.False(t, known)
+	for i := range uint32(2 * neighMax) {
+		require.NotNil(t, r.Route(u32("10.244.1.10")+i%200))
+	}
+	require.Empty(t, neigh())
+	r.probeWanted()
+	require.Len(t, r.probe.todo, 201)
+	require.Contains(t, neigh(), "10.244.1.77 ")
+	require.Contains(t, neigh(), enginetest.OutsideIP+" ")
+	r.probeWanted()
+	require.Empty(t, r.probe.todo, "asked once")
+
+	// What the kernel knows already makes no notice. It is read.
+	output(t, w.Pod, "ip", "neigh", "replace", enginetest.OutsideIP, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "reachable")
+	r.forget()
+	h = r.Route(u32("198.51.100.1"))
+	r.probeWanted()
+	m, _ := h.Addr()
+	require.Equal(t, frame.MAC{2, 0, 0, 0, 0, 0x99}, m)
+}
+
+// Two routes by one next hop may have MTUs of their own; the neighbour is one.
+func TestHopsByMTU(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	output(t, w.Pod, "ip", "route", "add", "203.0.113.0/24", "via", enginetest.OutsideIP, "mtu", "1400")
+	r := newRouter(t, w.Pod)
+	wide, narrow := u32("198.51.100.1"), u32("203.0.113.1")
+	a, b := settled(t, r, wide), settled(t, r, narrow)
+	require.Equal(t, 1500, a.MTU)
+	require.Equal(t, 1400, b.MTU)
+	require.Same(t, a, r.Route(wide), "the other route changes nothing")
+	require.Same(t, b, r.Route(narrow))
+	require.Len(t, r.neighs, 1)
+
+	output(t, w.Pod, "ip", "neigh", "replace", enginetest.OutsideIP, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent")
+	for _, h := range []*frame.Hop{a, b} {
+		require.Eventually(t, func() bool { m, _ := h.Addr(); return m == frame.MAC{2, 0, 0, 0, 0, 0x99} }, deadline, time.Millisecond)
+	}
+	require.False(t, a.Retired() || b.Retired())
+	for i := range 3 * mtuMax {
+		r.mu.Lock()
+		require.NotNil(t, r.hop(u32(enginetest.OutsideIP), 1000+i))
+		require.LessOrEqual(t, len(r.neighs[u32(enginetest.OutsideIP)].hops), mtuMax)
+		r.mu.Unlock()
+	}
+	require.True(t, a.Retired())
 }
 
 func TestRouterCloses(t *testing.T) {
@@ -241,7 +342,6 @@ func TestRouterCloses(t *testing.T) {
 		return err
 	}))
 	r.Close() // returns when nobody listens any more
-	<-r.done
 	require.Nil(t, r.Route(u32("198.51.100.1")), "after Close nothing is found and nothing breaks")
 }
 

@@ -8,13 +8,10 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"sidewire/engine/frame"
 )
 
 // listen follows what the kernel tells until Close.
 func (r *Router) listen() {
-	defer close(r.done)
 	for {
 		msgs, _, err := r.sub.Receive()
 		switch {
@@ -62,38 +59,9 @@ func (r *Router) handle(msgs []syscall.NetlinkMessage) {
 func (r *Router) reload() {
 	_ = r.loadAddrs()
 	_ = r.loadLink()
-	r.retire()
-}
-
-// neighbour takes in what became of a neighbour.
-func (r *Router) neighbour(n *netlink.Neigh, there bool) {
-	ip, ok := addr4(n.IP)
-	if !ok || n.LinkIndex != r.index || n.Family != unix.AF_INET {
-		return
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.hops[ip]
-	if e == nil || e.hop.Retired() || r.noARP {
-		return
-	}
-	if !there || !usable(n.State) {
-		e.hop.Invalidate()
-		return
-	}
-	used := e.hop.Used()
-	if n.State&netlink.NUD_STALE == 0 {
-		setHop(e.hop, n.HardwareAddr)
-		return
-	}
-	if used == e.probed {
-		e.hop.Retire()
-		delete(r.hops, ip)
-		return
-	}
-	setHop(e.hop, n.HardwareAddr)
-	e.probed = used
-	r.probe(ip)
+	r.forget()
 }
 
 // retire makes all flows ask for their routes again.
@@ -103,11 +71,14 @@ func (r *Router) retire() {
 	r.retireLocked()
 }
 
+// retireLocked keeps what is known of neighbours.
 func (r *Router) retireLocked() {
-	for _, e := range r.hops {
-		e.hop.Retire()
+	for ip, n := range r.neighs {
+		n.retire()
+		if !n.known {
+			delete(r.neighs, ip)
+		}
 	}
-	clear(r.hops)
 	clear(r.dsts)
 }
 
@@ -118,7 +89,7 @@ func (r *Router) loadLink() error {
 	defer r.mu.Unlock()
 	if err != nil {
 		r.up = false
-		r.retireLocked()
+		r.forget()
 		return fmt.Errorf("link: %w", err)
 	}
 	a := l.Attrs()
@@ -127,7 +98,7 @@ func (r *Router) loadLink() error {
 		return nil
 	}
 	r.mac, r.mtu, r.up, r.noARP = mac, mtu, up, noARP
-	r.retireLocked()
+	r.forget()
 	return nil
 }
 
@@ -144,11 +115,4 @@ func (r *Router) loadAddrs() error {
 	}
 	r.local.Store(newAddrSet(ips))
 	return nil
-}
-
-// MAC is the link's present hardware address.
-func (r *Router) MAC() frame.MAC {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.mac
 }
