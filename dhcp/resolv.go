@@ -100,22 +100,12 @@ func (r Resolv) DNS4(gateway netip.Addr) []netip.Addr {
 	if len(r.Servers) == 0 {
 		return []netip.Addr{fallbackDNS}
 	}
-	return r.servers(gateway, netip.Addr.Is4)
-}
-
-// DNS6 returns the name servers for DHCPv6 and router advertisements in the
-// same way; it has no fallback.
-func (r Resolv) DNS6(gateway netip.Addr) []netip.Addr {
-	return r.servers(gateway, netip.Addr.Is6)
-}
-
-func (r Resolv) servers(gateway netip.Addr, family func(netip.Addr) bool) []netip.Addr {
 	var out []netip.Addr
 	for _, a := range r.Servers {
 		if a.IsLoopback() || a.IsUnspecified() {
 			a = gateway
 		}
-		if a.IsValid() && family(a) && !slices.Contains(out, a) {
+		if a.Is4() && !slices.Contains(out, a) {
 			out = append(out, a)
 		}
 	}

@@ -82,6 +82,9 @@ func (p *Pod) reserve() error {
 	if err != nil {
 		return err
 	}
+	if p.kernel, err = readKernelRange(); err != nil {
+		return err
+	}
 	note, err := savedNote(p.c.Link)
 	if err != nil {
 		return err
@@ -93,13 +96,15 @@ func (p *Pod) reserve() error {
 	}
 	want := *now
 	want.set(int(p.c.NAT.Lo), int(p.c.NAT.Hi))
-	if err := os.WriteFile(reservedPorts, []byte(want.String()), 0); err == nil {
-		return nil
-	} else if !p.evade() {
-		return fmt.Errorf("reserve ports: %w", err)
-	} else {
+	err = os.WriteFile(reservedPorts, []byte(want.String()), 0)
+	switch {
+	case err == nil:
+		p.kernel = p.kernel.without(p.c.NAT)
+	case p.evade():
 		p.Warnings = append(p.Warnings, fmt.Sprintf("cannot reserve ports from the pod's kernel (%v): external ports are %d-%d instead",
 			err, p.c.NAT.Lo, p.c.NAT.Hi))
+	default:
+		return fmt.Errorf("reserve ports: %w", err)
 	}
 	return nil
 }
@@ -107,15 +112,8 @@ func (p *Pod) reserve() error {
 // evade chooses a NAT range that the kernel does not use by itself, for
 // containers whose /proc/sys is read-only.
 func (p *Pod) evade() bool {
-	b, err := os.ReadFile(localPortRange)
-	if err != nil {
-		return false
-	}
-	var lo, hi int
-	if _, err := fmt.Sscan(string(b), &lo, &hi); err != nil {
-		return false
-	}
 	const enough = 4096
+	lo, hi := int(p.kernel.Lo), int(p.kernel.Hi)
 	switch {
 	case 65535-hi >= enough:
 		p.c.NAT = PortRange{uint16(hi + 1), 65535}
@@ -125,6 +123,33 @@ func (p *Pod) evade() bool {
 		return false
 	}
 	return true
+}
+
+// readKernelRange reads which ports the namespace's kernel chooses from.
+func readKernelRange() (r PortRange, err error) {
+	b, err := os.ReadFile(localPortRange)
+	if err != nil {
+		return r, fmt.Errorf("local port range: %w", err)
+	}
+	if _, err := fmt.Sscan(string(b), &r.Lo, &r.Hi); err != nil {
+		return r, fmt.Errorf("local port range %q: %w", b, err)
+	}
+	return r, nil
+}
+
+// without takes the ports of o from an end of r. Where o is in the middle, r
+// stays as it is.
+func (r PortRange) without(o PortRange) PortRange {
+	switch {
+	case o.Lo > r.Hi || o.Hi < r.Lo:
+	case o.Lo <= r.Lo && o.Hi >= r.Hi:
+		return PortRange{1, 0}
+	case o.Lo <= r.Lo:
+		r.Lo = o.Hi + 1
+	case o.Hi >= r.Hi:
+		r.Hi = o.Lo - 1
+	}
+	return r
 }
 
 func readPorts() (*portMap, error) {

@@ -69,6 +69,8 @@ type Pod struct {
 	tap   *Tap
 	mtu   int
 	bound boundPorts
+	// kernel is where the pod's kernel chooses its ports from.
+	kernel PortRange
 
 	mu    sync.Mutex    // guards ns, ports and the rules in the kernel
 	ports map[Port]bool // nil: everything
@@ -205,6 +207,10 @@ func (p *Pod) Addr() netip.Addr { return p.c.Pod }
 // NAT is the range of external ports that the pod's kernel keeps out of.
 func (p *Pod) NAT() PortRange { return p.c.NAT }
 
+// KernelRange holds the ports that the pod's kernel chooses from by itself. It
+// is {1, 0} if there are none besides NAT's.
+func (p *Pod) KernelRange() PortRange { return p.kernel }
+
 // MTU is that of the pod's interface, in bytes.
 func (p *Pod) MTU() int { return p.mtu }
 
@@ -250,30 +256,14 @@ func (p *Pod) RemovePort(port Port) error {
 	return p.publish(slices.DeleteFunc(p.list(), func(q Port) bool { return q == port }))
 }
 
-// SetPorts publishes exactly these ports; nil publishes everything, an empty
-// list nothing.
-func (p *Pod) SetPorts(ports []Port) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.publish(ports)
-}
-
+// publish changes the list of published ports.
 func (p *Pod) publish(ports []Port) error {
 	if err := checkPorts(ports); err != nil {
 		return err
 	}
 	old := p.ports
 	p.ports = portSetOf(ports)
-	err := inNS(p.ns, func() error {
-		if err := p.fillPorts(); err != nil {
-			return err
-		}
-		if (old == nil) == p.all() {
-			return nil
-		}
-		return p.setRules()
-	})
-	if err != nil {
+	if err := inNS(p.ns, p.fillPorts); err != nil {
 		p.ports = old
 		return fmt.Errorf("publish ports: %w", err)
 	}
@@ -289,11 +279,7 @@ func checkPorts(ports []Port) error {
 	return nil
 }
 
-// portSetOf keeps the difference between a nil and an empty list.
 func portSetOf(ports []Port) map[Port]bool {
-	if ports == nil {
-		return nil
-	}
 	set := map[Port]bool{}
 	for _, p := range ports {
 		set[p] = true

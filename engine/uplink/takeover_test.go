@@ -246,22 +246,36 @@ func TestPortsChange(t *testing.T) {
 	require.Error(t, r.pod.RemovePort(tcpPort(80)))
 	require.NoError(t, r.pod.RemovePort(tcpPort(81)))
 	pods(81)
-	require.NoError(t, r.pod.SetPorts(nil))
-	guests(80)
+	require.Equal(t, []Port{}, r.pod.Ports(), "nothing, not everything")
+	require.Error(t, r.pod.AddPort(Port{Proto: 132, Port: 1}))
+	require.NoError(t, r.pod.AddPort(tcpPort(82)))
 	guests(82)
-	require.Nil(t, r.pod.Ports())
-	require.NoError(t, r.pod.AddPort(tcpPort(80)))
-	guests(83)
-	require.Error(t, r.pod.SetPorts([]Port{{Proto: 132, Port: 1}}))
+}
+
+func TestManyPorts(t *testing.T) {
 	var many []Port
 	for i := range 5000 {
 		many = append(many, Port{frame.ProtoUDP, uint16(i + 1)})
 	}
-	require.NoError(t, r.pod.SetPorts(many))
-	require.Len(t, r.pod.Ports(), 5000)
-	pods(80)
-	send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: 5000}, nil))
-	r.next(r.in(), "datagram", udp(5, 5000))
+	r := newRig(t, many...)
+	require.Equal(t, many, r.pod.Ports())
+	require.NoError(t, r.pod.RemovePort(Port{frame.ProtoUDP, 4999}))
+	for _, port := range []uint16{1, 5000} {
+		send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: port}, nil))
+		r.next(r.in(), "datagram", udp(5, port))
+	}
+	send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: 4999}, nil))
+	r.next(r.outside(), "port unreachable", icmp(3))
+}
+
+// Where everything is published there is no list to change.
+func TestEverythingHasNoList(t *testing.T) {
+	r := newRig(t)
+	require.Nil(t, r.pod.Ports())
+	require.NoError(t, r.pod.AddPort(tcpPort(80)))
+	require.Error(t, r.pod.RemovePort(tcpPort(80)))
+	r.syn(1234, 83)
+	r.next(r.in(), "SYN on the sink", tcp(1234, 83, enginetest.SYN))
 }
 
 // Only the two flow tables know whose packet an ICMP error quotes.
@@ -551,43 +565,71 @@ func TestParseSocket(t *testing.T) {
 // Without the right to write /proc/sys the NAT range moves out of the kernel's
 // way, and we say so.
 func TestEvade(t *testing.T) {
-	enginetest.Need(t, "root", "netns")
-	ns := enginetest.NewNetNS(t)
-	for rng, want := range map[string]PortRange{
-		"32768 60999": {61000, 65535}, "32768 65000": {1024, 32767}, "1024 65000": {},
+	for kernel, want := range map[PortRange]PortRange{
+		{32768, 60999}: {61000, 65535}, {32768, 65000}: {1024, 32767}, {1024, 65000}: {},
 	} {
-		enginetest.Must(t, ns.Sysctl("net/ipv4/ip_local_port_range", rng), ns.Do(func() error {
-			p := &Pod{}
-			require.Equal(t, want != PortRange{}, p.evade(), rng)
-			require.Equal(t, want, p.c.NAT, rng)
-			return nil
-		}))
+		p := &Pod{kernel: kernel}
+		require.Equal(t, want != PortRange{}, p.evade(), kernel)
+		require.Equal(t, want, p.c.NAT, kernel)
 	}
 }
 
-// Each missing capability is named.
-func TestMissingCapability(t *testing.T) {
+func TestReadOnlySysctl(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	for kernel, want := range map[string]PortRange{"32768 60999": {61000, 65535}, "20000 65535": {1024, 19999}} {
+		w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+		enginetest.Must(t, w.Pod.Sysctl("net/ipv4/ip_local_port_range", kernel))
+		before := state(t, w.Pod)
+		enginetest.Must(t, w.Pod.Do(func() error {
+			runtime.LockOSThread() // for good: the thread ends with its mounts
+			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+				return err
+			}
+			if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+				return err
+			}
+			if err := unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""); err != nil {
+				return err
+			}
+			if err := unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+				return err
+			}
+			p, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+			require.NoError(t, err)
+			require.Equal(t, want, p.NAT())
+			var lo, hi uint16
+			_, err = fmt.Sscan(kernel, &lo, &hi)
+			require.NoError(t, err)
+			require.Equal(t, PortRange{lo, hi}, p.KernelRange(), "all of it")
+			require.Len(t, p.Warnings, 1)
+			require.Contains(t, p.Warnings[0], "cannot reserve ports")
+			return p.Restore()
+		}))
+		require.Equal(t, before, state(t, w.Pod))
+	}
+}
+
+// The pod's kernel has what it had, less what was reserved for NAT.
+func TestKernelRange(t *testing.T) {
+	for _, c := range []struct{ kernel, nat, want PortRange }{
+		{PortRange{32768, 60999}, PortRange{40000, 65535}, PortRange{32768, 39999}},
+		{PortRange{1024, 65535}, PortRange{40000, 65535}, PortRange{1024, 39999}},
+		{PortRange{32768, 60999}, PortRange{61000, 65535}, PortRange{32768, 60999}},
+		{PortRange{32768, 60999}, PortRange{1024, 32767}, PortRange{32768, 60999}},
+		{PortRange{32768, 60999}, PortRange{1024, 39999}, PortRange{40000, 60999}},
+		{PortRange{50000, 60999}, PortRange{40000, 65535}, PortRange{1, 0}},
+		{PortRange{32768, 60999}, PortRange{40000, 50000}, PortRange{32768, 60999}},
+	} {
+		require.Equal(t, c.want, c.kernel.without(c.nat))
+	}
 	enginetest.Need(t, "root", "netns", "tun")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
-	errs := make(chan [2]error)
-	go func() {
-		runtime.LockOSThread() // the thread ends with its lost capabilities
-		var err [2]error
-		defer func() { errs <- err }()
-		_ = w.Pod.Do(func() error {
-			none := [2]unix.CapUserData{}
-			if e := unix.Capset(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, &none[0]); e != nil {
-				err = [2]error{e, e}
-				return e
-			}
-			_, err[0] = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
-			_, err[1] = Open(Config{Link: "eth0", Workers: 1})
-			return nil
-		})
-	}()
-	err := <-errs
-	require.ErrorIs(t, err[0], ErrPrivilege)
-	require.ErrorContains(t, err[0], "CAP_NET_ADMIN")
-	require.ErrorIs(t, err[1], ErrPrivilege)
-	require.ErrorContains(t, err[1], "CAP_NET_RAW")
+	enginetest.Must(t, w.Pod.Sysctl("net/ipv4/ip_local_port_range", "20000 50000"))
+	enginetest.Must(t, w.Pod.Do(func() error {
+		p, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+		require.NoError(t, err)
+		require.Equal(t, PortRange{20000, 39999}, p.KernelRange())
+		require.Equal(t, DefaultNAT, p.NAT())
+		return p.Restore()
+	}))
 }
