@@ -166,7 +166,12 @@ func (s *session) setVringErr(m *message) error {
 	if err != nil {
 		return err
 	}
-	closeFD(r.err)
-	r.err = fd
+	if fd < 0 {
+		r.err.clear()
+		return nil
+	}
+	if err := r.err.set(fd); err != nil {
+		return fmt.Errorf("%w: %w", ErrRefused, err)
+	}
 	return nil
 }

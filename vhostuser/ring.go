@@ -29,7 +29,7 @@ type ring struct {
 	enabled bool
 	started bool
 	kick    int
-	err     int
+	err     callFD
 	call    callFD
 
 	q        *virtq.Queue // nil while paused
@@ -38,11 +38,12 @@ type ring struct {
 }
 
 func (d *Device) newRing(i int) *ring {
-	r := &ring{dev: d, index: i, kick: -1, err: -1}
+	r := &ring{dev: d, index: i, kick: -1}
 	if i/2 < len(d.pairs) {
 		r.pair = d.pairs[i/2]
 	}
-	r.call.init()
+	r.call.init(r.hangUp)
+	r.err.init(r.hangUp)
 	return r
 }
 
@@ -227,9 +228,7 @@ func (r *ring) fail(err error) {
 	}
 	r.reported = true
 	r.dev.ringErrors.Add(1)
-	if r.err >= 0 {
-		signal(r.err)
-	}
+	r.err.signal()
 	r.dev.complain("ring stopped", "ring", r.index, "err", err)
 }
 
@@ -243,6 +242,17 @@ func (d *Device) stop(rings ...*ring) {
 		r.call.close()
 	}
 	d.updateState()
+}
+
+// hangUp ends the connection of a frontend that let a worker wait.
+func (r *ring) hangUp() {
+	d := r.dev
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.complain("frontend let an interrupt wait: its event counter was full and made to block", "ring", r.index)
+	if d.ses != nil {
+		_ = d.ses.conn.uc.Close()
+	}
 }
 
 // closeKick closes the kick descriptor once nobody watches it.
@@ -260,8 +270,8 @@ func (r *ring) closeKick() {
 
 // reset brings a ring back to the state of a new connection. It is stopped.
 func (r *ring) reset() {
-	closeFD(r.err)
-	r.num, r.addr, r.hasAddr, r.base, r.enabled, r.err = 0, ringAddr{}, false, 0, false, -1
+	r.err.close()
+	r.num, r.addr, r.hasAddr, r.base, r.enabled = 0, ringAddr{}, false, 0, false
 }
 
 // headerLen is the length of the virtio_net_hdr.

@@ -124,6 +124,11 @@ func (d *Device) counters() map[string]uint64 {
 	add("memory_faults", d.faults.Load())
 	add("broken_rings", d.broken.Load())
 	add("ring_errors", d.ringErrors.Load())
+	var stalls uint64
+	for _, r := range d.rings {
+		stalls += r.call.stalls.Load() + r.err.stalls.Load()
+	}
+	add("stalled_interrupts", stalls)
 	add("bad_rarp", d.badRARP.Load())
 	add("control_commands", d.ctrl.commands.Load())
 	add("missed_dirty_marks", missed(d.dirty))

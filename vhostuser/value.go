@@ -175,15 +175,11 @@ func (d *Device) value(s *session, x *fdList) Session {
 		v.Log = &SessionLog{d.dirtySpec.Size, d.dirtySpec.Offset, x.add(d.dirtySpec.fd)}
 	}
 	for _, r := range d.rings {
-		call := -1
-		if r.call.fd.Load() >= 0 {
-			call = x.add(r.call.num)
-		}
 		v.Rings = append(v.Rings, SessionRing{
 			Index: r.index, Size: r.num, HasAddr: r.hasAddr, Flags: r.addr.Flags,
 			Desc: r.addr.Desc, Avail: r.addr.Avail, Used: r.addr.Used, UsedLog: r.addr.Log,
 			Base: r.base, Enabled: r.enabled, Started: r.started,
-			Kick: x.add(r.kick), Call: call, Err: x.add(r.err),
+			Kick: x.add(r.kick), Call: x.add(int(r.call.fd.Load())), Err: x.add(int(r.err.fd.Load())),
 		})
 	}
 	return v
@@ -282,10 +278,15 @@ func (d *Device) load(v *Session, x *fdList, fds []int) error {
 		r := d.rings[sr.Index]
 		r.num, r.base, r.enabled, r.started, r.hasAddr = sr.Size, sr.Base, sr.Enabled, sr.Started, sr.HasAddr
 		r.addr = ringAddr{sr.Flags, sr.Desc, sr.Used, sr.Avail, sr.UsedLog}
-		r.kick, r.err = dup(sr.Kick), dup(sr.Err)
-		if fd := dup(sr.Call); fd >= 0 {
-			if err := r.call.set(fd); err != nil {
-				return err
+		r.kick = dup(sr.Kick)
+		for _, e := range []struct {
+			to *callFD
+			fd int
+		}{{&r.call, sr.Call}, {&r.err, sr.Err}} {
+			if fd := dup(e.fd); fd >= 0 {
+				if err := e.to.set(fd); err != nil {
+					return err
+				}
 			}
 		}
 	}
