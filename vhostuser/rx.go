@@ -38,7 +38,10 @@ type rxRing struct {
 	dirty         bool             // something was put and not yet published
 	fresh         bool             // the queue has not been used yet
 	frames, bytes uint64           // delivered and not yet counted
+	direct        uint64           // of the frames, how many lay there already
 	seg           *frame.Segmenter // made when a frame first needs it
+
+	reserved *Reserver // nil if nobody receives into the ring's buffers; never changed
 }
 
 // lent is a popped chain.
@@ -110,12 +113,19 @@ func (r *rxRing) push(fs []*frame.Frame) {
 		return
 	}
 	defer r.settle()
+	r.begin()
+	for _, f := range fs {
+		if f.RxBufs == 0 || !r.commit(f) {
+			r.deliver(f)
+		}
+	}
+}
+
+// begin is called before the queue is used.
+func (r *rxRing) begin() {
 	if r.fresh {
 		r.fresh = false
 		r.q.DisableNotify() // buffers are looked for when frames come
-	}
-	for _, f := range fs {
-		r.deliver(f)
 	}
 }
 
@@ -137,7 +147,8 @@ func (r *rxRing) publish() {
 	r.dirty = false
 	r.pair.count.rxFrames.Add(r.frames)
 	r.pair.count.rxBytes.Add(r.bytes)
-	r.frames, r.bytes = 0, 0
+	r.pair.count.rxDirect.Add(r.direct)
+	r.frames, r.bytes, r.direct = 0, 0, 0
 	r.q.Publish()
 	if r.q.NeedsNotify() || r.onEmpty && r.q.Avail() == 0 {
 		r.ring.call.signal()

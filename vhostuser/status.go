@@ -14,6 +14,7 @@ import (
 type counters struct {
 	txFrames, txBytes atomic.Uint64
 	rxFrames, rxBytes atomic.Uint64
+	rxDirect          atomic.Uint64
 	interrupts        atomic.Uint64
 	drops             [frame.NumReasons]atomic.Uint64
 }
@@ -52,6 +53,7 @@ type PairStatus struct {
 	TxBytes    uint64            `json:"txBytes"`
 	RxFrames   uint64            `json:"rxFrames"`
 	RxBytes    uint64            `json:"rxBytes"`
+	RxDirect   uint64            `json:"rxDirect"` // of RxFrames, received straight into the guest's buffers
 	Interrupts uint64            `json:"interrupts"`
 	Drops      map[string]uint64 `json:"drops,omitempty"`
 }
@@ -93,7 +95,7 @@ func (p *Pair) status() PairStatus {
 	return PairStatus{
 		TxFrames: c.txFrames.Load(), TxBytes: c.txBytes.Load(),
 		RxFrames: c.rxFrames.Load(), RxBytes: c.rxBytes.Load(),
-		Interrupts: c.interrupts.Load(), Drops: dropMap(&c.drops),
+		RxDirect: c.rxDirect.Load(), Interrupts: c.interrupts.Load(), Drops: dropMap(&c.drops),
 	}
 }
 

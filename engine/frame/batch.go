@@ -64,6 +64,7 @@ func (b *Batch) add() *Frame {
 	f.Offload = Offload{}
 	f.Len, f.HeadLen, f.In, f.Out, f.Queue, f.Reason = 0, 0, 0, Drop, 0, ReasonNone
 	f.L3, f.L4, f.Proto, f.Frag, f.Token, f.Tail = 0, 0, 0, false, 0, nil
+	f.RxAt, f.RxBufs = 0, 0
 	return f
 }
 

@@ -55,6 +55,11 @@ type Frame struct {
 	// Token is the lending port's own: the chain's head, for instance.
 	Token uint32
 
+	// RxAt and RxBufs say that the frame was received into that many rx
+	// buffers, from that one on, of the port which it is for, if it is for
+	// that one in the end. 0 buffers: it lies elsewhere.
+	RxAt, RxBufs uint16
+
 	// Tail is the rest of the frame. borrowed: it may be guest memory that
 	// its owner changes at any moment, so copy or send it, never decide on it.
 	Tail [][]byte

@@ -184,6 +184,9 @@ func (q *Queue) SetLog(l *guestmem.Log, usedLog uint64) {
 	q.lent = q.lent[:0]
 }
 
+// Logged says whether writes are marked.
+func (q *Queue) Logged() bool { return q.cfg.Log != nil }
+
 // Size returns the number of entries.
 func (q *Queue) Size() int { return int(q.mask) + 1 }
 
