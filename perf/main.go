@@ -36,16 +36,17 @@ func main() {
 	seconds := flag.Int("seconds", 3, "seconds of each stream")
 	mtu := flag.Int("mtu", 1500, "MTU of the pod's link")
 	flags := flag.String("flags", "", "further flags for sidewire run")
+	against := flag.String("against", "", "another sidewire program to measure beside, to see what a change brought")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := run(ctx, *rounds, *seconds, *mtu, *flags); err != nil {
+	if err := run(ctx, *rounds, *seconds, *mtu, *flags, *against); err != nil {
 		fmt.Fprintln(os.Stderr, "perf:", err)
 		os.Exit(2)
 	}
 }
 
-func run(ctx context.Context, rounds, seconds, mtu int, flags string) error {
+func run(ctx context.Context, rounds, seconds, mtu int, flags, against string) error {
 	binary, cleanup, err := buildSidewire(ctx)
 	if err != nil {
 		return err
@@ -55,6 +56,9 @@ func run(ctx context.Context, rounds, seconds, mtu int, flags string) error {
 		{"sidewire", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
 		{"kernel (tap, bridge, nftables)", openKernel},
 		{"sidewire again (A/A)", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
+	}
+	if against != "" {
+		paths = append(paths, path{against, func(mtu int) (*rig, error) { return openSidewire(against, flags, mtu) }})
 	}
 	samples := make([][]sample, len(paths))
 	for r := range rounds {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -33,6 +34,7 @@ type nic struct {
 	up     *uplink.Uplink
 	kernel *uplink.Kernel
 	router *uplink.Router
+	links  *uplink.Links
 	nat    *nat.Masquerade
 	dhcp   *dhcp.Server
 	device *vhostuser.Device
@@ -98,7 +100,7 @@ func (n *nic) openHost(s *server, stopEngine func() error) (err error) {
 		return err
 	}
 	s.onStop(func() error { return errors.Join(stopEngine(), n.pod.Restore()) })
-	if n.up, err = uplink.Open(uplink.Config{Link: n.link, Sink: n.pod.Sink(), Workers: workers, Mark: uplink.Mark}); err != nil {
+	if n.up, err = uplink.Open(uplink.Config{Link: n.link, Sink: n.pod.Sink(), Workers: workers, Direct: true, Mark: uplink.Mark}); err != nil {
 		return err
 	}
 	s.onStop(n.up.Close)
@@ -110,7 +112,29 @@ func (n *nic) openHost(s *server, stopEngine func() error) (err error) {
 		return err
 	}
 	s.onStop(func() error { n.router.Close(); return nil })
+	n.links, err = uplink.WatchLinks(func(l uplink.LinkStatus) { n.linkChanged(s.log, l) }, n.link, n.pod.Sink(), n.pod.Tap().Name())
+	if err != nil {
+		return err
+	}
+	s.onStop(func() error { n.links.Close(); return nil })
 	return nil
+}
+
+// linkChanged says what became of a link, and what that means.
+func (n *nic) linkChanged(log *slog.Logger, l uplink.LinkStatus) {
+	log = log.With("interface", n.name(), "link", l.Name)
+	lost := "guest and outside do not reach each other"
+	if l.Name == n.pod.Tap().Name() {
+		lost = "guest and pod do not reach each other"
+	}
+	switch l.State {
+	case uplink.LinkUp:
+		log.Info("link is up again")
+	case uplink.LinkGone:
+		log.Error("link is gone: " + lost + " until sidewire is started again")
+	default:
+		log.Warn("link is without use: "+lost, "state", l.State)
+	}
 }
 
 func (n *nic) newDevice(s *server, o *options) (*vhostuser.Device, error) {
@@ -155,7 +179,7 @@ func (n *nic) wire(s *server, o *options) (err error) {
 			MAC: n.mac(), MTU: n.pod.MTU(), Ports: natForwards(n.iface.Ports),
 		}},
 		Uplink: up, KernelPort: kernel, Router: n.router, Local: podAddrs{n.router}, External: ip4(n.pod.Addr()),
-		PortRange: nat.PortRange{First: n.pod.NAT().Lo, Last: n.pod.NAT().Hi}, PortFree: n.pod.PortFree,
+		PortRange: natRange(n.pod.NAT()), KernelRange: natRange(n.pod.KernelRange()), PortFree: n.pod.PortFree,
 	})
 	if err != nil {
 		return err
@@ -171,11 +195,15 @@ func (n *nic) wire(s *server, o *options) (err error) {
 
 // serve gives each queue its worker.
 func (n *nic) serve(e *engine.Engine, up, tap frame.PortID) error {
+	if n.up.Direct() {
+		n.up.Queues()[0].SetRoom(n.device.Reserver())
+	}
 	for i, q := range n.up.Queues() {
-		if err := q.SetWatcher(e.Worker(i)); err != nil {
+		w := i % e.Workers()
+		if err := q.SetWatcher(e.Worker(w)); err != nil {
 			return err
 		}
-		e.AddQueue(up, q, i)
+		e.AddQueue(up, q, w)
 	}
 	if err := n.pod.Tap().SetWatcher(e.Worker(0)); err != nil {
 		return err
@@ -188,6 +216,8 @@ func (n *nic) serve(e *engine.Engine, up, tap frame.PortID) error {
 	}
 	return nil
 }
+
+func natRange(r uplink.PortRange) nat.PortRange { return nat.PortRange{First: r.Lo, Last: r.Hi} }
 
 // podAddrs are the pod's own addresses.
 type podAddrs struct{ r *uplink.Router }

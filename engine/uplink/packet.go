@@ -31,6 +31,11 @@ type Config struct {
 	// Workers is how many workers push, and how many queues there are. The
 	// kernel keeps the frames of a flow on one queue.
 	Workers int
+	// Direct sets a queue apart, the first, that receives nothing but frames for
+	// the sink's only guest, so that these may be received into its buffers
+	// (Queue.SetRoom). There must be a Sink and one worker, which then has two
+	// queues.
+	Direct bool
 	// Promiscuous receives frames for foreign addresses too.
 	Promiscuous bool
 	// Mark is put on frames that are sent; 0 is none.
@@ -74,23 +79,29 @@ func Open(c Config) (u *Uplink, err error) {
 		}
 		in, direct = s.Attrs().Index, false
 	}
-	for i := range c.Workers {
+	for range c.Workers {
 		s, err := newSender(u.index, c.Mark)
 		if err != nil {
 			return u, err
 		}
 		u.senders = append(u.senders, s)
+	}
+	queues, prog := c.Workers, steer(c.Workers)
+	if c.Direct && c.Workers == 1 && !direct {
+		queues, prog = 2, setApart()
+	}
+	for i := range queues {
 		q, err := newQueue(in, i, direct, c.Promiscuous)
 		if err != nil {
 			return u, err
 		}
 		u.queues = append(u.queues, q)
 	}
-	return u, u.join(in, direct)
+	return u, u.join(in, direct, prog)
 }
 
-// join makes the queues receive, as one fanout group.
-func (u *Uplink) join(index int, direct bool) error {
+// join makes the queues receive, as one fanout group steered by prog.
+func (u *Uplink) join(index int, direct bool, prog []bpf.Instruction) error {
 	group := unix.PACKET_FANOUT_CBPF<<16 | unix.PACKET_FANOUT_FLAG_UNIQUEID<<16
 	if direct {
 		// PACKET_IGNORE_OUTGOING does not hold in a fanout group.
@@ -114,7 +125,7 @@ func (u *Uplink) join(index int, direct bool) error {
 			return fmt.Errorf("fanout: %w", err)
 		}
 		group = group&^(unix.PACKET_FANOUT_FLAG_UNIQUEID<<16)&^0xffff | id&0xffff
-		if err := setFanoutProgram(q.fd, steer(len(u.queues))); err != nil {
+		if err := setFanoutProgram(q.fd, prog); err != nil {
 			return err
 		}
 	}
@@ -156,8 +167,12 @@ func steer(n int) []bpf.Instruction {
 	}
 }
 
-// Queues are the uplink's queues, one for each worker.
+// Queues are the uplink's queues, one for each worker; with Config.Direct two
+// for the only one.
 func (u *Uplink) Queues() []*Queue { return u.queues }
+
+// Direct says whether the first queue is set apart as Config.Direct asks.
+func (u *Uplink) Direct() bool { return len(u.queues) > len(u.senders) }
 
 // MAC and MTU are those that the link had when it was opened.
 func (u *Uplink) MAC() frame.MAC { return u.mac }

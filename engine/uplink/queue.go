@@ -32,6 +32,7 @@ type Queue struct {
 	// next frame makes an edge for epoll.
 	drained bool
 	w       Watcher
+	direct  *direct // nil if all is received into the arena
 
 	batch *frame.Batch // whose heads iovs point to
 	msgs  [slots]mmsghdr
@@ -113,14 +114,24 @@ func (q *Queue) Pull(b *frame.Batch) int {
 	if b != q.batch {
 		q.point(b)
 	}
+	if q.direct != nil && q.direct.long {
+		if n, ok := q.pullDirect(b); ok {
+			return n
+		}
+	}
 	n, errno := recvmmsg(q.fd, q.msgs[:])
 	if errno != 0 {
 		q.drained = errno == unix.EAGAIN
 		return 0
 	}
 	q.drained = n < slots
+	bytes := 0
 	for i := range n {
 		q.take(b, i)
+		bytes += int(q.msgs[i].len)
+	}
+	if q.direct != nil {
+		q.direct.long = bytes >= n*longMean
 	}
 	return n
 }
@@ -139,20 +150,25 @@ func (q *Queue) point(b *frame.Batch) {
 // take makes the i-th message the batch's next frame, which is its i-th.
 func (q *Queue) take(b *frame.Batch, i int) {
 	f, m := b.Next(), &q.msgs[i]
-	f.Queue = uint16(q.index)
 	n := int(m.len) - q.hdrLen
-	f.HeadLen, f.Len = uint16(max(0, min(n, q.headLen))), int32(max(n, 0))
-	if m.hdr.Flags&unix.MSG_TRUNC != 0 {
-		f.Len = int32(f.HeadLen)
-		f.Drop(frame.OversizeFrame)
-	} else if n > q.headLen {
+	q.fill(f, i, n, m.hdr.Flags)
+	if n > q.headLen && f.Reason != frame.OversizeFrame {
 		f.Tail = append(b.Segs(1), q.slot(i)[:n-q.headLen])
 	}
+}
+
+// fill sets what is known of a frame of n bytes whose header is the i-th.
+func (q *Queue) fill(f *frame.Frame, i, n int, flags int32) {
+	f.Queue = uint16(q.index)
+	f.HeadLen, f.Len = uint16(max(0, min(n, q.headLen))), int32(max(n, 0))
 	f.Offload.Decode(q.hdrs[i][:])
 	if q.aux {
 		q.retag(f, i)
 	}
 	switch {
+	case flags&unix.MSG_TRUNC != 0:
+		f.Len = int32(f.HeadLen)
+		f.Drop(frame.OversizeFrame)
 	case n < frame.EthernetLen:
 		f.Drop(frame.ShortFrame)
 	case !f.CheckOffload():
@@ -190,7 +206,12 @@ func (q *Queue) retag(f *frame.Frame, i int) {
 }
 
 // Release gives the slots back to the next Pull.
-func (q *Queue) Release(*frame.Batch) {}
+func (q *Queue) Release(*frame.Batch) {
+	if q.direct != nil && q.direct.lent {
+		q.direct.lent = false
+		q.direct.room.Free()
+	}
+}
 
 // Arm reports whether frames are waiting. Watching is edge-triggered: a socket
 // that was empty after the last Pull wakes its worker by itself.

@@ -23,6 +23,14 @@ func recvmmsg(fd int, msgs []mmsghdr) (int, unix.Errno) {
 	return int(n), errno
 }
 
+// recvmsg fills msg with what is there, without waiting. Memory that has gone
+// away is an EFAULT here, not a fault.
+func recvmsg(fd int, msg *unix.Msghdr) (int, unix.Errno) {
+	// SAFETY: as for recvmmsg.
+	n, _, errno := unix.Syscall(unix.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(msg)), unix.MSG_DONTWAIT)
+	return int(n), errno
+}
+
 // sendmmsg sends msgs in order and returns how many the kernel took. Memory
 // that has gone away is an EFAULT here, not a fault.
 func sendmmsg(fd int, msgs []mmsghdr) (int, unix.Errno) {
