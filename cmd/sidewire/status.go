@@ -32,21 +32,22 @@ type Status struct {
 
 // InterfaceStatus is one interface of a guest.
 type InterfaceStatus struct {
-	Name       string           `json:"name"` // VMI/INTERFACE
-	Binding    string           `json:"binding"`
-	Path       string           `json:"path"`
-	Link       string           `json:"link"`
-	Pod        netip.Addr       `json:"pod"`
-	Guest      netip.Addr       `json:"guest"`
-	Gateway    netip.Addr       `json:"gateway"`
-	MTU        int              `json:"mtu"`
-	QueueCount int              `json:"queueCount"`
-	Socket     string           `json:"socket"`
-	Device     vhostuser.Status `json:"device"`
-	Leases     []dhcp.LeaseInfo `json:"leases"`
-	DHCP       dhcp.Stats       `json:"dhcp"`
-	NAT        nat.Stats        `json:"nat"`
-	Forwards   []forwardRequest `json:"forwards"` // null: everything
+	Name       string              `json:"name"` // VMI/INTERFACE
+	Binding    string              `json:"binding"`
+	Path       string              `json:"path"`
+	Link       string              `json:"link"`
+	Links      []uplink.LinkStatus `json:"links"` // that one and those that sidewire made
+	Pod        netip.Addr          `json:"pod"`
+	Guest      netip.Addr          `json:"guest"`
+	Gateway    netip.Addr          `json:"gateway"`
+	MTU        int                 `json:"mtu"`
+	QueueCount int                 `json:"queueCount"`
+	Socket     string              `json:"socket"`
+	Device     vhostuser.Status    `json:"device"`
+	Leases     []dhcp.LeaseInfo    `json:"leases"`
+	DHCP       dhcp.Stats          `json:"dhcp"`
+	NAT        nat.Stats           `json:"nat"`
+	Forwards   []forwardRequest    `json:"forwards"` // null: everything
 }
 
 // Status implements controller.
@@ -57,7 +58,7 @@ func (s *server) Status() Status {
 	}
 	for _, n := range s.interfaces() {
 		st.Interfaces = append(st.Interfaces, InterfaceStatus{
-			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link,
+			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link, Links: n.links.Status(),
 			Pod: n.pod.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
 			MTU: n.pod.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
 			Device: n.device.Status(), Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), NAT: n.nat.Stats(),
@@ -182,6 +183,7 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "\n%s\t%s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.QueueCount, i.MTU)
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
+		fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
 		for _, l := range i.Leases {
 			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))
 		}
@@ -204,6 +206,14 @@ func dropList(drops map[string]uint64) string {
 		out = append(out, fmt.Sprintf("%s %d", k, v))
 	}
 	sort.Strings(out)
+	return strings.Join(out, ", ")
+}
+
+func linkList(links []uplink.LinkStatus) string {
+	var out []string
+	for _, l := range links {
+		out = append(out, l.Name+" "+string(l.State))
+	}
 	return strings.Join(out, ", ")
 }
 
