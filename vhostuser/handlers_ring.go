@@ -138,6 +138,7 @@ func (s *session) setVringKick(m *message) error {
 		r.broken.Store(false)
 	}
 	s.dev.resume(r)
+	s.expectBuffers()
 	return nil
 }
 

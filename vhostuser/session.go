@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"sidewire/engine/frame"
 )
@@ -30,6 +31,9 @@ type session struct {
 	conn *conn
 	done chan struct{} // closed when run has ended
 	msg  message
+
+	silence *time.Timer // see expectBuffers; guarded by Device.mu like the next
+	silent  bool        // the guest could not be seen
 }
 
 // run serves the connection until it ends or moves.

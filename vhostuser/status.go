@@ -131,6 +131,9 @@ func (d *Device) counters() map[string]uint64 {
 		stalls += r.call.stalls.Load() + r.err.stalls.Load()
 	}
 	add("stalled_interrupts", stalls)
+	if d.ses != nil && d.ses.silent {
+		add("memory_not_shared", 1)
+	}
 	add("bad_rarp", d.badRARP.Load())
 	add("control_commands", d.ctrl.commands.Load())
 	add("missed_dirty_marks", missed(d.dirty))

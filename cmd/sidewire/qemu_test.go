@@ -71,6 +71,7 @@ func TestQEMUGuest(t *testing.T) {
 		assert.NotZero(t, pair.TxFrames, "pair %d", i)
 		assert.NotZero(t, pair.RxFrames, "pair %d", i)
 	}
+	assert.NotContains(t, p.log.String(), "share=on")
 }
 
 // iPXE is a second guest that is not ours: a legacy driver without offloads.
@@ -96,24 +97,34 @@ func TestIPXE(t *testing.T) {
 	}
 }
 
-// QEMU without shared memory only prints a line and runs on with a dead NIC;
-// sidewire says so loudly.
+// QEMU without shared memory runs on with a dead NIC; sidewire says so loudly,
+// also where the memory looks as if it were shared.
 func TestQEMUWithoutSharedMemory(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "ipxe")
-	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
-	p := startSidewire(t, w, strings.Replace(spec("vm", 1), "        macAddress:", "        bootOrder: 1\n        macAddress:", 1))
-	args := qemuArgs(t, w, p)
-	for i, a := range args {
-		args[i] = strings.NewReplacer("memory-backend-memfd", "memory-backend-ram", ",share=on", "").Replace(a)
-	}
-	g, err := enginetest.StartIPXE(enginetest.GuestOptions{Args: args, Memory: -1, CPUs: -1, Machine: "q35"})
-	require.NoError(t, err)
-	t.Cleanup(g.Stop)
-	said := func() bool {
-		return strings.Contains(p.log.String(), "level=ERROR") && strings.Contains(p.log.String(), "share=on")
-	}
-	if !enginetest.Wait(30*time.Second, said) {
-		t.Fatalf("not a word\n%s\n%+v", g.Console(), p.status().Interfaces[0].Device)
+	for _, c := range []struct {
+		name, says string
+		replace    []string
+	}{
+		{"no file", "shares no guest memory", []string{"memory-backend-memfd", "memory-backend-ram", ",share=on", ""}},
+		{"private", "share=on?", []string{"share=on", "share=off"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+			p := startSidewire(t, w, strings.Replace(spec("vm", 1), "        macAddress:", "        bootOrder: 1\n        macAddress:", 1))
+			args := qemuArgs(t, w, p)
+			for i, a := range args {
+				args[i] = strings.NewReplacer(c.replace...).Replace(a)
+			}
+			g, err := enginetest.StartIPXE(enginetest.GuestOptions{Args: args, Memory: -1, CPUs: -1, Machine: "q35"})
+			require.NoError(t, err)
+			t.Cleanup(g.Stop)
+			said := func() bool {
+				return strings.Contains(p.log.String(), "level=ERROR") && strings.Contains(p.log.String(), c.says)
+			}
+			if !enginetest.Wait(30*time.Second, said) {
+				t.Fatalf("not a word\n%s\n%+v", g.Console(), p.status().Interfaces[0].Device)
+			}
+		})
 	}
 }
 

@@ -104,6 +104,10 @@ func (q *Queue) Avail() int {
 	return int(q.seen - q.next)
 }
 
+// AvailIndex returns the guest's available index as it is at this moment. It
+// may be called beside the queue's owner.
+func (q *Queue) AvailIndex() uint16 { return q.availIdx.load() }
+
 // look loads the available index and refuses one that is further ahead than
 // the ring is long (H043, H049).
 func (q *Queue) look() Status {
