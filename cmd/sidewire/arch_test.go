@@ -33,6 +33,7 @@ var mayImport = map[string][]string{
 		"engine/frame", "engine/enginetest", "vhostuser", "vhostuser/guestmem", "vhostuser/virtq",
 	},
 	"nat":                {"engine/frame"},
+	"nat/dns":            {},
 	"dhcp":               {"engine/frame"},
 	"cmd/sidewire-guest": {"engine/enginetest"},
 	"cmd/sidewire":       {"*"},
@@ -53,6 +54,7 @@ var sentences = map[string]string{
 	"vhostuser/guestmem":  "Package guestmem maps the memory that a frontend shares",
 	"vhostuser/vhosttest": "Package vhosttest plays QEMU and its guest",
 	"nat":                 "Package nat rewrites flows",
+	"nat/dns":             "Package dns answers guests from the host's resolvers.",
 	"dhcp":                "Package dhcp leases addresses to guests",
 }
 

@@ -1,0 +1,101 @@
+package dns
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// maxMessage is the longest message that UDP carries.
+const maxMessage = 65535
+
+// exchange is a query over UDP and what comes back.
+type exchange struct {
+	query     []byte
+	name, end int // of the question
+	answer    [maxMessage]byte
+}
+
+// serveUDP reads queries until the socket is closed.
+func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGroup) {
+	b := make([]byte, maxMessage)
+	for {
+		n, from, err := pc.ReadFromUDPAddrPort(b)
+		if err != nil {
+			if troubled(ctx, err) {
+				continue
+			}
+			return
+		}
+		query := b[:n]
+		switch {
+		case !s.c.Allow.Contains(from.Addr().Unmap()):
+			s.stats.refused.Add(1)
+			continue
+		case !isQuery(query):
+			s.stats.malformed.Add(1)
+			continue
+		}
+		name, end, ok := question(query)
+		if !ok {
+			s.stats.malformed.Add(1)
+			_, _ = pc.WriteToUDPAddrPort(failure(query, headerLen, rcodeFormErr), from)
+			continue
+		}
+		s.stats.queries.Add(1)
+		select {
+		case s.queries <- struct{}{}:
+		default:
+			s.stats.overflows.Add(1)
+			continue
+		}
+		x := s.exchanges.Get().(*exchange)
+		x.query, x.name, x.end = append(x.query[:0], query...), name, end
+		wg.Go(func() {
+			s.relay(ctx, pc, from, x)
+			s.exchanges.Put(x)
+			<-s.queries
+		})
+	}
+}
+
+// relay gets a query answered. An answer that cannot be sent is lost, as UDP's
+// are.
+func (s *Server) relay(ctx context.Context, pc *net.UDPConn, to netip.AddrPort, x *exchange) {
+	n := 0
+	if s.try(ctx, func(addr string) bool { n = s.ask(ctx, addr, x); return n > 0 }) {
+		s.stats.answers.Add(1)
+		_, _ = pc.WriteToUDPAddrPort(x.answer[:n], to)
+		return
+	}
+	s.stats.failures.Add(1)
+	_, _ = pc.WriteToUDPAddrPort(failure(x.query, x.end, rcodeServFail), to)
+}
+
+// ask sends a query to one resolver and returns the length of its answer, or 0
+// if there is none in time.
+func (s *Server) ask(ctx context.Context, addr string, x *exchange) int {
+	ctx, cancel := context.WithTimeout(ctx, s.c.Timeout)
+	defer cancel()
+	c, err := s.c.Dial(ctx, "udp", addr)
+	if err != nil {
+		return 0
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.SetDeadline(time.Unix(1, 0)) })()
+	if _, err := c.Write(x.query); err != nil {
+		return 0
+	}
+	for {
+		n, err := c.Read(x.answer[:])
+		if err != nil {
+			return 0 // the deadline, or a port that nobody listens on
+		}
+		if fits(x.query, x.answer[:n], x.name, x.end) {
+			return n
+		}
+		s.stats.mismatches.Add(1)
+	}
+}
