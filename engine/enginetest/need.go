@@ -15,19 +15,23 @@ import (
 
 // needs maps the name of a need to the test whether the machine has it.
 var needs = map[string]func() error{
-	"root":    needRoot,
-	"netns":   sync.OnceValue(needNetNS),
-	"tun":     needTun,
-	"kernel":  needKernel,
-	"ipxe":    needIPXE,
-	"qemu":    needProgram("qemu-system-x86_64"),
-	"testpmd": needProgram("dpdk-testpmd"),
-	"nft":     needProgram("nft"),
+	"root":  needRoot,
+	"netns": sync.OnceValue(needNetNS),
+	"tun":   needTun,
+	"uso":   sync.OnceValue(needUSO),
+	"holes": needHoles,
+	// "hugepages" is a kernel that has them, not one that has some to spare.
+	"hugepages": needHugePages,
+	"kernel":    needKernel,
+	"ipxe":      needIPXE,
+	"qemu":      needProgram("qemu-system-x86_64"),
+	"testpmd":   needProgram("dpdk-testpmd"),
+	"nft":       needProgram("nft"),
 }
 
 // programs are needs that are just a program of that name.
 var programs = []string{
-	"dhclient", "curl", "iperf3", "ping", "dig", "tcpdump", "ethtool", "passt", "socat", "nc", "ip",
+	"dhclient", "curl", "iperf3", "ping", "dig", "tcpdump", "ethtool", "passt", "socat", "nc", "ip", "go",
 }
 
 func init() {
@@ -99,6 +103,61 @@ func needTun() error {
 		return err
 	}
 	return f.Close()
+}
+
+// needUSO looks whether a tap takes UDP segmentation offload (Linux 6.2).
+func needUSO() error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread dies with its namespace, and that with the tap
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("cannot make a network namespace: %w", err)
+			return
+		}
+		done <- tapTakes(unix.TUN_F_CSUM | unix.TUN_F_USO4 | unix.TUN_F_USO6)
+	}()
+	return <-done
+}
+
+func tapTakes(offloads int) error {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("/dev/net/tun: %w", err)
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("need")
+	if err != nil {
+		return err
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return fmt.Errorf("make a tap: %w", err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads); err != nil {
+		return fmt.Errorf("taps do not take the offload: %w", err)
+	}
+	return nil
+}
+
+func needHugePages() error { return memfdCan(unix.MFD_HUGETLB|unix.MFD_HUGE_2MB, nil) }
+
+func needHoles() error {
+	return memfdCan(0, func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096)
+	})
+}
+
+// memfdCan makes a memfd with more flags and does f with it.
+func memfdCan(flags int, f func(fd int) error) error {
+	fd, err := unix.MemfdCreate("need", unix.MFD_CLOEXEC|flags)
+	if err != nil {
+		return fmt.Errorf("memfd: %w", err)
+	}
+	defer unix.Close(fd)
+	if f == nil {
+		return nil
+	}
+	return f(fd)
 }
 
 func needKernel() error {

@@ -47,8 +47,6 @@ type Config struct {
 type Uplink struct {
 	queues  []*Queue
 	senders []*sender
-	mac     frame.MAC
-	mtu     int
 	index   int
 }
 
@@ -70,7 +68,7 @@ func Open(c Config) (u *Uplink, err error) {
 	if err != nil {
 		return nil, err
 	}
-	u = &Uplink{mac: macOf(l), mtu: l.Attrs().MTU, index: l.Attrs().Index}
+	u = &Uplink{index: l.Attrs().Index}
 	in, direct := u.index, true
 	if c.Sink != "" {
 		s, err := link(c.Sink)
@@ -173,12 +171,6 @@ func (u *Uplink) Queues() []*Queue { return u.queues }
 
 // Direct says whether the first queue is set apart as Config.Direct asks.
 func (u *Uplink) Direct() bool { return len(u.queues) > len(u.senders) }
-
-// MAC and MTU are those that the link had when it was opened.
-func (u *Uplink) MAC() frame.MAC { return u.mac }
-
-// MTU is the size of the largest IP packet, in bytes.
-func (u *Uplink) MTU() int { return u.mtu }
 
 // Push sends frames as they are: the kernel completes checksums and segments
 // (or leaves that to the next one who can). See engine.Port.

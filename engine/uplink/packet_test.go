@@ -24,6 +24,7 @@ func wire(t *testing.T, c Config) (r *rig, a, b *Uplink) {
 		enginetest.Must(t, ns.Sysctl("net/ipv6/conf/default/disable_ipv6", "1"))
 	}
 	enginetest.Veth(t, nsA, "a", nsB, "b")
+	enginetest.Must(t, nsA.SetMAC("a", macA), nsB.SetMAC("b", macB))
 	r.World = &enginetest.World{Pod: nsA, Outside: nsB}
 	a = r.open(nsA, Config{Link: "a", Workers: 1})
 	c.Link = "b"
@@ -33,13 +34,17 @@ func wire(t *testing.T, c Config) (r *rig, a, b *Uplink) {
 	return r, a, r.open(nsB, c)
 }
 
-// between is the Ethernet header from a to b.
-func between(a, b *Uplink) enginetest.Eth { return enginetest.Eth{Dst: b.MAC(), Src: a.MAC()} }
+// Hardware addresses of the wire's ends, and the header from one to the other.
+var (
+	macA = frame.MAC{2, 0, 0, 0, 0, 0xa}
+	macB = frame.MAC{2, 0, 0, 0, 0, 0xb}
+	aToB = enginetest.Eth{Dst: macB, Src: macA}
+)
 
 func TestVLANTagIsPutBack(t *testing.T) {
 	r, a, b := wire(t, Config{})
 	for _, size := range []int{0, 60, 104, 105, 108, 109, 110, 1000} {
-		e := between(a, b)
+		e := aToB
 		e.VLAN = 0x6005
 		want := enginetest.UDPFrame(e, toPod(), enginetest.UDP{Src: 1, Dst: 2}, enginetest.Payload(size, 1))
 		send(t, a, want)
@@ -47,7 +52,7 @@ func TestVLANTagIsPutBack(t *testing.T) {
 		require.Equal(t, want, p.bytes, size)
 	}
 	// With the checksum left undone the offsets move too.
-	e := between(a, b)
+	e := aToB
 	f := gsoFrame(enginetest.UDPFrame(e, toPod(), enginetest.UDP{Src: 1, Dst: 2}, enginetest.Payload(3000, 1)), frame.ProtoUDP, 1000)
 	untagged := f.Bytes()
 	tagged := append(append(append([]byte(nil), untagged[:12]...), 0x81, 0, 0, 7), untagged[12:]...)
@@ -68,7 +73,7 @@ func TestSizesAndPieces(t *testing.T) {
 	payload := enginetest.Payload(1472, 9)
 	for n := 18; n <= len(payload); n += 97 {
 		for _, piece := range []int{1, 2, 7, 128, 4000} {
-			whole := enginetest.UDPFrame(between(a, b), toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:n])
+			whole := enginetest.UDPFrame(aToB, toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:n])
 			f := &frame.Frame{}
 			head := whole[:min(len(whole), 60)]
 			var tail [][]byte
@@ -94,7 +99,7 @@ func TestGSOStaysWhole(t *testing.T) {
 	ip := toPod()
 	var fs []*frame.Frame
 	for i := range 64 {
-		whole := enginetest.TCPFrame(between(a, b), ip, enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK, Seq: uint32(i)}, enginetest.Payload(size, 5))
+		whole := enginetest.TCPFrame(aToB, ip, enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK, Seq: uint32(i)}, enginetest.Payload(size, 5))
 		fs = append(fs, gsoFrame(whole, frame.ProtoTCP, 1448))
 	}
 	a.Push(0, fs)
@@ -116,7 +121,7 @@ func TestKernelCompletesWhatTheLinkCannot(t *testing.T) {
 	r, a, b := wire(t, Config{})
 	output(t, r.Pod, "ethtool", "-K", "a", "tx", "off", "tso", "off", "gso", "off")
 	payload := enginetest.Payload(5000, 4)
-	f := gsoFrame(enginetest.TCPFrame(between(a, b), toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, payload), frame.ProtoTCP, 1000)
+	f := gsoFrame(enginetest.TCPFrame(aToB, toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, payload), frame.ProtoTCP, 1000)
 	a.Push(0, []*frame.Frame{f})
 	require.Equal(t, frame.ReasonNone, f.Reason)
 	var got []byte
@@ -131,10 +136,10 @@ func TestKernelCompletesWhatTheLinkCannot(t *testing.T) {
 	}
 	require.Equal(t, payload, got)
 
-	f = gsoFrame(enginetest.UDPFrame(between(a, b), toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:1001]), frame.ProtoUDP, 0)
+	f = gsoFrame(enginetest.UDPFrame(aToB, toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:1001]), frame.ProtoUDP, 0)
 	a.Push(0, []*frame.Frame{f})
 	p := r.next(b.Queues()[0], "datagram", func(received) bool { return true })
-	require.Equal(t, enginetest.UDPFrame(between(a, b), toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:1001]), p.bytes)
+	require.Equal(t, enginetest.UDPFrame(aToB, toPod(), enginetest.UDP{Src: 1, Dst: 2}, payload[:1001]), p.bytes)
 }
 
 // A flow, and the fragments of a packet, stay on one queue; flows spread; own
@@ -159,7 +164,7 @@ func TestFanout(t *testing.T) {
 		}, deadline, time.Millisecond)
 		return found
 	}
-	e := between(a, b)
+	e := aToB
 	used := map[int]bool{}
 	for port := uint16(100); port < 120; port++ {
 		for _, opt := range [][]byte{nil, {1, 1, 1, 1}} {
@@ -181,10 +186,10 @@ func TestFanout(t *testing.T) {
 		assert.Equal(t, int(id)%workers, first)
 	}
 	assert.Equal(t, 0, where(enginetest.ICMPFrame(e, toPod(), enginetest.Echo(1, 1), nil)))
-	assert.Equal(t, 0, where(enginetest.ARPFrame(e, enginetest.ARPRequest, a.MAC(), outsideIP, frame.MAC{}, podIP)))
+	assert.Equal(t, 0, where(enginetest.ARPFrame(e, enginetest.ARPRequest, macA, outsideIP, frame.MAC{}, podIP)))
 
 	// What b sends itself comes to a and to none of b's queues.
-	own := enginetest.UDPFrame(between(b, a), toPod(), enginetest.UDP{Src: 1, Dst: 2}, []byte("own"))
+	own := enginetest.UDPFrame(enginetest.Eth{Dst: macA, Src: macB}, toPod(), enginetest.UDP{Src: 1, Dst: 2}, []byte("own"))
 	for w := range workers {
 		f := &frame.Frame{}
 		f.SetBytes(own, nil, make([][]byte, 1))
@@ -218,7 +223,7 @@ func TestRefusedFrames(t *testing.T) {
 	frameOf := func(payload int, id byte) *frame.Frame {
 		f := &frame.Frame{}
 		f.Out = 5
-		f.SetBytes(enginetest.UDPFrame(between(a, b), toPod(), enginetest.UDP{Src: 1, Dst: 2}, bytes.Repeat([]byte{id}, payload)), nil, make([][]byte, 1))
+		f.SetBytes(enginetest.UDPFrame(aToB, toPod(), enginetest.UDP{Src: 1, Dst: 2}, bytes.Repeat([]byte{id}, payload)), nil, make([][]byte, 1))
 		return f
 	}
 	bad := frameOf(1000, 9)
@@ -249,7 +254,7 @@ func TestRefusedFrames(t *testing.T) {
 // A frame of more pieces than a message may have is sent all the same.
 func TestTooManyPieces(t *testing.T) {
 	r, a, b := wire(t, Config{})
-	whole := enginetest.TCPFrame(between(a, b), toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, enginetest.Payload(4000, 5))
+	whole := enginetest.TCPFrame(aToB, toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, enginetest.Payload(4000, 5))
 	var fs []*frame.Frame
 	for range 3 {
 		f := gsoFrame(whole, frame.ProtoTCP, 1000)
@@ -287,7 +292,7 @@ func TestArm(t *testing.T) {
 	q.Disarm()
 	var fs [][]byte
 	for range slots + 1 {
-		fs = append(fs, enginetest.UDPFrame(between(a, b), toPod(), enginetest.UDP{Src: 1, Dst: 2}, []byte("x")))
+		fs = append(fs, enginetest.UDPFrame(aToB, toPod(), enginetest.UDP{Src: 1, Dst: 2}, []byte("x")))
 	}
 	send(t, a, fs...)
 	require.Len(t, pull(q, r.batch), slots)
@@ -300,7 +305,7 @@ func TestArm(t *testing.T) {
 
 func TestAllocs(t *testing.T) {
 	r, a, b := wire(t, Config{})
-	whole := enginetest.TCPFrame(between(a, b), toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, enginetest.Payload(3000, 5))
+	whole := enginetest.TCPFrame(aToB, toPod(), enginetest.TCP{Src: 1, Dst: 2, Flags: enginetest.ACK}, enginetest.Payload(3000, 5))
 	var fs []*frame.Frame
 	for range 8 {
 		fs = append(fs, gsoFrame(whole, frame.ProtoTCP, 1000))

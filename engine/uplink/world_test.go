@@ -52,8 +52,16 @@ func newRig(t testing.TB, ports ...Port) *rig {
 	})
 	r.up = r.open(w.Pod, Config{Link: "eth0", Sink: r.pod.Sink(), Workers: 1, Mark: Mark})
 	r.out = r.open(w.Outside, Config{Link: "veth0", Workers: 1})
-	r.podMAC, r.outMAC = r.up.MAC(), r.out.MAC()
+	r.podMAC, r.outMAC = macIn(t, w.Pod, "eth0"), macIn(t, w.Outside, "veth0")
 	return r
+}
+
+// macIn is the hardware address of a link.
+func macIn(t testing.TB, ns *enginetest.NetNS, link string) frame.MAC {
+	t.Helper()
+	m, err := ns.MAC(link)
+	require.NoError(t, err)
+	return m
 }
 
 func (r *rig) open(ns *enginetest.NetNS, c Config) (u *Uplink) {

@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"sidewire/engine/enginetest"
 	"sidewire/vhostuser/guestmem"
 )
 
@@ -235,10 +236,9 @@ func TestHotPathDoesNotAllocate(t *testing.T) {
 
 // TestInlining keeps the translation of an address a few instructions long.
 func TestInlining(t *testing.T) {
+	enginetest.Need(t, "go")
 	out, err := exec.Command("go", "build", "-gcflags=-m", ".", "../guestmem").CombinedOutput()
-	if err != nil {
-		t.Skip("no go command to ask: ", err)
-	}
+	require.NoError(t, err, "%s", out)
 	for _, f := range []string{
 		"inlining call to guestmem.(*Region).Slice",
 		"inlining call to descAt",
