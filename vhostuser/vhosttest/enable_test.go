@@ -1,0 +1,189 @@
+package vhosttest
+
+import (
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"sidewire/engine/enginetest"
+	"sidewire/engine/frame"
+)
+
+// stream sends numbered frames on one queue pair, a few ahead of what has
+// arrived, as long as the test lasts.
+type stream struct {
+	kind      byte
+	sent, got atomic.Uint32
+	misplaced atomic.Uint32 // arrived out of order
+	tokens    chan struct{}
+}
+
+// ahead is how many frames of a stream are under way at most, so that no ring
+// ever lacks a buffer.
+const ahead = 32
+
+func newStream(kind byte) *stream {
+	s := &stream{kind: kind, tokens: make(chan struct{}, ahead)}
+	for range ahead {
+		s.tokens <- struct{}{}
+	}
+	return s
+}
+
+// run sends until stop. A lossy stream does not wait for what may be lost.
+func (s *stream) run(t *testing.T, g *Guest, q int, lossy bool, stop chan struct{}) {
+	for {
+		var late <-chan time.Time
+		if lossy {
+			late = time.After(time.Millisecond)
+		}
+		select {
+		case <-stop:
+			return
+		case <-s.tokens:
+		case <-late:
+		}
+		n := s.sent.Load()
+		b := enginetest.Payload(60, 0)
+		b[14], b[15], b[16], b[17], b[18] = s.kind, byte(n>>24), byte(n>>16), byte(n>>8), byte(n)
+		if !assert.NoError(t, g.Send(q, b, frame.Offload{}), "stream %c", s.kind) {
+			return
+		}
+		s.sent.Add(1)
+	}
+}
+
+// arrived notes a frame of the stream.
+func (s *stream) arrived(b []byte) {
+	if n := uint32(b[15])<<24 | uint32(b[16])<<16 | uint32(b[17])<<8 | uint32(b[18]); n != s.got.Load() {
+		s.misplaced.Add(1)
+	}
+	s.got.Add(1)
+	select {
+	case s.tokens <- struct{}{}:
+	default:
+	}
+}
+
+// receive hands what comes on a queue pair to its streams.
+func receiveStreams(t *testing.T, g *Guest, q int, stop chan struct{}, streams ...*stream) {
+	for {
+		p, err := g.Recv(q, 20*time.Millisecond)
+		switch {
+		case err == nil:
+			for _, s := range streams {
+				if s.kind == p.Bytes[14] {
+					s.arrived(p.Bytes)
+				}
+			}
+		case !assert.ErrorIs(t, err, ErrTimeout):
+			return
+		default:
+			select {
+			case <-stop:
+				return
+			default:
+			}
+		}
+	}
+}
+
+// H046: single rings of one pair are switched off and on while frames flow both
+// ways on both pairs. Nothing goes to a ring that is off, what the guest sends
+// on one is lost, the other pair loses nothing, and all goes on afterwards.
+func TestRingsSwitchedUnderTraffic_H046(t *testing.T) {
+	paths, devices := wire(t, 2, 2)
+	a := connect(t, Options{Path: paths[0], QueuePairs: 2})
+	b := connect(t, Options{Path: paths[1], QueuePairs: 2})
+	a0, a1, b0, b1 := newStream('a'), newStream('A'), newStream('b'), newStream('B')
+	stopSending, stopReceiving := make(chan struct{}), make(chan struct{})
+	var senders, receivers sync.WaitGroup
+	for q := range 2 {
+		receivers.Go(func() { receiveStreams(t, b, q, stopReceiving, a0, a1) })
+		receivers.Go(func() { receiveStreams(t, a, q, stopReceiving, b0, b1) })
+	}
+	senders.Go(func() { a0.run(t, a, 0, false, stopSending) })
+	senders.Go(func() { a1.run(t, a, 1, true, stopSending) })
+	senders.Go(func() { b0.run(t, b, 0, false, stopSending) })
+	senders.Go(func() { b1.run(t, b, 1, true, stopSending) })
+	var once sync.Once
+	halt := func() {
+		once.Do(func() { close(stopSending); senders.Wait(); close(stopReceiving); receivers.Wait() })
+	}
+	defer halt()
+	// more waits until n more frames of the streams have arrived.
+	more := func(n uint32, streams ...*stream) {
+		t.Helper()
+		for _, s := range streams {
+			from := s.got.Load()
+			enginetest.Eventually(t, soon, func() bool { return s.got.Load()-from >= n })
+		}
+	}
+	more(50, a0, a1, b0, b1)
+	rx, tx := b.Rx(1), b.Tx(1)
+	for round := range 40 {
+		offRx, offTx := round%3 != 1, round%3 != 2
+		if offRx {
+			require.NoError(t, b.SetVringEnable(rx.Index, false))
+		}
+		if offTx {
+			require.NoError(t, b.SetVringEnable(tx.Index, false))
+			// The worker may have pulled a batch before: let it through.
+			more(uint32(2*ahead), b0)
+		}
+		used, lost := rx.UsedIdx(), b1.got.Load()
+		more(100, a0, a1, b0)
+		if offRx {
+			require.Equal(t, used, rx.UsedIdx(), "a frame went to a ring that is off")
+		} else {
+			require.NotEqual(t, used, rx.UsedIdx())
+		}
+		if offTx {
+			require.Equal(t, lost, b1.got.Load(), "a frame came from a ring that is off")
+		}
+		require.NoError(t, b.SetVringEnable(rx.Index, true))
+		require.NoError(t, b.SetVringEnable(tx.Index, true))
+		used = rx.UsedIdx()
+		more(50, a0, a1, b0, b1)
+		require.NotEqual(t, used, rx.UsedIdx(), "the ring is on again")
+	}
+	// As fast as the socket takes it.
+	b.SetReplyAck(false)
+	for i := range 5000 {
+		require.NoError(t, b.SetVringEnable(2+i%2, i/2%2 == 1))
+	}
+	b.SetReplyAck(true)
+	require.NoError(t, b.Sync())
+	require.NoError(t, b.Enable(1, true))
+	more(50, a0, a1, b0, b1)
+	halt()
+
+	assert.Equal(t, a0.sent.Load(), a0.got.Load(), "lost on the pair that stayed on")
+	assert.Equal(t, b0.sent.Load(), b0.got.Load(), "lost on the pair that stayed on")
+	assert.Zero(t, a0.misplaced.Load()+b0.misplaced.Load())
+	// Every other frame that is missing was counted.
+	var drops uint64
+	for _, d := range devices {
+		st := d.Status()
+		for _, p := range st.Pairs {
+			for _, n := range p.Drops {
+				drops += n
+			}
+		}
+		for name, n := range st.Counters {
+			if strings.HasPrefix(name, "rx_drop:") {
+				drops += n
+			}
+		}
+		assert.Empty(t, st.Pairs[0].Drops)
+	}
+	missing := a1.sent.Load() - a1.got.Load() + b1.sent.Load() - b1.got.Load()
+	assert.EqualValues(t, missing, drops)
+	assert.NotZero(t, missing, "what a ring that is off sends is lost")
+	t.Logf("sent %d %d %d %d, missing %d", a0.sent.Load(), a1.sent.Load(), b0.sent.Load(), b1.sent.Load(), missing)
+}
