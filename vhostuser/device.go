@@ -65,11 +65,9 @@ type Config struct {
 	Barrier func()
 	// Log receives state changes; nil is slog.Default().
 	Log *slog.Logger
-	// OnState is told of every change of State, OnRARP of an address that is
-	// to be announced to the network. They run with the device locked: they
-	// must not wait, nor call the device.
-	OnState func(State)
-	OnRARP  func(mac frame.MAC)
+	// OnRARP is told of an address that is to be announced to the network. It
+	// runs with the device locked: it must not wait, nor call the device.
+	OnRARP func(mac frame.MAC)
 }
 
 // State says how far a device is.
@@ -271,21 +269,15 @@ func (d *Device) Close() error {
 	return err
 }
 
-// updateState tells of a change of state.
+// updateState finds the state anew.
 func (d *Device) updateState() {
-	st := Disconnected
-	if d.ses != nil {
-		st = Connected
-		if len(*d.rxSet.Load()) > 0 {
-			st = Up
-		}
-	}
-	if st == d.state {
-		return
-	}
-	d.state = st
-	if d.cfg.OnState != nil {
-		d.cfg.OnState(st)
+	switch {
+	case d.ses == nil:
+		d.state = Disconnected
+	case len(*d.rxSet.Load()) > 0:
+		d.state = Up
+	default:
+		d.state = Connected
 	}
 }
 

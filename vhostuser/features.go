@@ -49,7 +49,6 @@ const ctrlFeatures = featCtrlVQ | featCtrlRx | featCtrlVLAN | featCtrlRxExtra | 
 // Protocol feature bits.
 const (
 	protoMQ          = 1 << 0
-	protoLogShmfd    = 1 << 1
 	protoRARP        = 1 << 2
 	protoReplyAck    = 1 << 3
 	protoMTU         = 1 << 4

@@ -162,9 +162,6 @@ func (s *session) setLogBase(m *message) error {
 	}
 	l.fd, _ = m.takeFD()
 	d.setLog(log, l)
-	if d.proto&protoLogShmfd != 0 {
-		m.replyU64(0)
-	}
 	return nil
 }
 
