@@ -12,11 +12,6 @@ import (
 	"sidewire/engine/enginetest"
 )
 
-// stream is one TCP stream's result.
-type stream struct {
-	Gbps float64 // payload that arrived
-}
-
 // iperfServer starts iperf3 in server mode in ns and returns how to end it.
 func iperfServer(ns *enginetest.NetNS, addr string) (stop func(), err error) {
 	cmd := ns.Command("iperf3", "-s", "-B", addr, "-p", "5201")
@@ -29,9 +24,9 @@ func iperfServer(ns *enginetest.NetNS, addr string) (stop func(), err error) {
 	}, nil
 }
 
-// iperfClient runs one TCP stream from ns to addr; reverse lets the server
-// send.
-func iperfClient(ctx context.Context, ns *enginetest.NetNS, addr string, seconds int, reverse bool) (stream, error) {
+// iperfClient runs one TCP stream from ns to addr and returns the Gbit/s of
+// payload that arrived; reverse lets the server send.
+func iperfClient(ctx context.Context, ns *enginetest.NetNS, addr string, seconds int, reverse bool) (float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(seconds+15)*time.Second)
 	defer cancel()
 	args := []string{"-c", addr, "-p", "5201", "-t", strconv.Itoa(seconds), "-J", "--connect-timeout", "3000"}
@@ -50,7 +45,7 @@ func iperfClient(ctx context.Context, ns *enginetest.NetNS, addr string, seconds
 		} `json:"end"`
 	}
 	if jerr := json.Unmarshal(out, &r); jerr != nil || err != nil || r.Error != "" {
-		return stream{}, fmt.Errorf("iperf3 to %s: %v %s %s", addr, err, r.Error, strings.TrimSpace(string(out[:min(len(out), 200)])))
+		return 0, fmt.Errorf("iperf3 to %s: %v %s %s", addr, err, r.Error, strings.TrimSpace(string(out[:min(len(out), 200)])))
 	}
-	return stream{Gbps: r.End.Received.BitsPerSecond / 1e9}, nil
+	return r.End.Received.BitsPerSecond / 1e9, nil
 }

@@ -24,12 +24,12 @@ type path struct {
 	open func(mtu int) (*rig, error)
 }
 
+// rate is how fast a stream was, and what a gigabyte of it cost in processor
+// seconds: of the whole machine, and of the backend's process.
+type rate struct{ gbps, machine, backend float64 }
+
 // sample is what one round measured of one path.
-type sample struct {
-	up, down float64 // Gbit/s
-	cpuUp    float64 // processor seconds of the whole machine per GB
-	cpuDown  float64
-}
+type sample struct{ up, down rate }
 
 func main() {
 	rounds := flag.Int("rounds", 5, "rounds; each measures every path, both ways")
@@ -69,7 +69,7 @@ func run(ctx context.Context, rounds, seconds, mtu int, flags, against string) e
 				return fmt.Errorf("%s: %w", paths[k].name, err)
 			}
 			samples[k] = append(samples[k], s)
-			fmt.Fprintf(os.Stderr, "round %d/%d %-32s up %6.2f down %6.2f Gbit/s\n", r+1, rounds, paths[k].name, s.up, s.down)
+			fmt.Fprintf(os.Stderr, "round %d/%d %-32s up %6.2f down %6.2f Gbit/s\n", r+1, rounds, paths[k].name, s.up.gbps, s.down.gbps)
 		}
 	}
 	return report(paths, samples, mtu)
@@ -81,10 +81,10 @@ func measure(ctx context.Context, p path, seconds, mtu int) (s sample, err error
 		return s, err
 	}
 	defer r.close()
-	if s.up, s.cpuUp, err = r.stream(ctx, seconds, false); err != nil {
+	if s.up, err = r.stream(ctx, seconds, false); err != nil {
 		return s, err
 	}
-	s.down, s.cpuDown, err = r.stream(ctx, seconds, true)
+	s.down, err = r.stream(ctx, seconds, true)
 	return s, err
 }
 
@@ -101,36 +101,35 @@ func report(paths []path, samples [][]sample, mtu int) error {
 	fmt.Printf("One TCP stream, MTU %d, %d processors, Linux %s, %s, %s\n", mtu, runtime.NumCPU(),
 		unix.ByteSliceToString(u.Release[:]), runtime.Version(), time.Now().Format("2006-01-02"))
 	w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	fmt.Fprintln(w, "path\tguest to outside, Gbit/s\toutside to guest, Gbit/s\tCPU s/GB up\tCPU s/GB down\tratio up\tratio down")
-	for i, p := range paths {
-		col := func(f func(sample) float64) string {
-			m, lo, hi := spread(each(samples[i], f))
-			return fmt.Sprintf("%.2f (%.2f-%.2f)", m, lo, hi)
-		}
-		// Ratios are taken round by round against the first path, so that what
-		// the machine did in that round cancels out.
-		ratio := func(f func(sample) float64) string {
-			var rs []float64
-			for r := range samples[i] {
-				rs = append(rs, f(samples[i][r])/f(samples[0][r]))
+	for _, way := range []struct {
+		name string
+		of   func(sample) rate
+	}{
+		{"guest to outside", func(s sample) rate { return s.up }},
+		{"outside to guest", func(s sample) rate { return s.down }},
+	} {
+		fmt.Fprintf(w, "\n%s\tGbit/s\tratio\tCPU s/GB, machine\tratio\tCPU s/GB, backend\tratio\n", way.name)
+		for i, p := range paths {
+			fmt.Fprint(w, p.name)
+			for _, f := range []func(rate) float64{
+				func(r rate) float64 { return r.gbps }, func(r rate) float64 { return r.machine }, func(r rate) float64 { return r.backend },
+			} {
+				var xs, ratios []float64
+				for r := range samples[i] {
+					x := f(way.of(samples[i][r]))
+					// Ratios are taken round by round against the first path, so
+					// that what the machine did in that round cancels out.
+					xs, ratios = append(xs, x), append(ratios, x/f(way.of(samples[0][r])))
+				}
+				fmt.Fprintf(w, "\t%s\t%s", text(xs), text(ratios))
 			}
-			m, lo, hi := spread(rs)
-			return fmt.Sprintf("%.2f (%.2f-%.2f)", m, lo, hi)
+			fmt.Fprintln(w)
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.name, col(up), col(down), col(cpuUp), col(cpuDown), ratio(up), ratio(down))
 	}
 	return w.Flush()
 }
 
-func up(s sample) float64      { return s.up }
-func down(s sample) float64    { return s.down }
-func cpuUp(s sample) float64   { return s.cpuUp }
-func cpuDown(s sample) float64 { return s.cpuDown }
-
-func each(ss []sample, f func(sample) float64) []float64 {
-	var out []float64
-	for _, s := range ss {
-		out = append(out, f(s))
-	}
-	return out
+func text(xs []float64) string {
+	m, lo, hi := spread(xs)
+	return fmt.Sprintf("%.2f (%.2f-%.2f)", m, lo, hi)
 }

@@ -202,3 +202,25 @@ type fixed struct{ bufs [][]byte }
 func (f fixed) Reserve(int, int, int) [][]byte { return f.bufs }
 func (f fixed) Keep(int)                       {}
 func (f fixed) Free()                          {}
+
+// A queue that had nothing for long is asked every fourth turn, and at once
+// when something came.
+func TestRest(t *testing.T) {
+	asked := func(r *rest, turns int) (n int) {
+		for range turns {
+			if !r.due() {
+				r.after(0)
+				n++
+			}
+		}
+		return n
+	}
+	var r rest
+	require.Equal(t, 15, asked(&r, 15))
+	asked(&r, 1000)
+	require.Equal(t, 100, asked(&r, 400))
+	for r.due() {
+	}
+	r.after(1)
+	require.Equal(t, 15, asked(&r, 15))
+}

@@ -93,6 +93,7 @@ func Open(c Config) (u *Uplink, err error) {
 		if err != nil {
 			return u, err
 		}
+		q.rare = i >= c.Workers
 		u.queues = append(u.queues, q)
 	}
 	return u, u.join(in, direct, prog)

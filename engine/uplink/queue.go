@@ -33,6 +33,8 @@ type Queue struct {
 	drained bool
 	w       Watcher
 	direct  *direct // nil if all is received into the arena
+	rare    bool    // the frames of which there are many come by another queue
+	rest    rest
 
 	batch *frame.Batch // whose heads iovs point to
 	msgs  [slots]mmsghdr
@@ -119,9 +121,16 @@ func (q *Queue) Pull(b *frame.Batch) int {
 			return n
 		}
 	}
+	if q.rare && q.rest.due() {
+		return 0
+	}
 	n, errno := recvmmsg(q.fd, q.msgs[:])
 	if errno != 0 {
 		q.drained = errno == unix.EAGAIN
+		n = 0
+	}
+	q.rest.after(n)
+	if n == 0 {
 		return 0
 	}
 	q.drained = n < slots
@@ -203,6 +212,38 @@ func (q *Queue) retag(f *frame.Frame, i int) {
 	if f.Flags&frame.NeedsCsum != 0 {
 		f.CsumStart += vlanLen
 	}
+}
+
+// rest lets a worker that has much to do elsewhere ask a descriptor less often
+// which rarely has anything: each question is a system call. It does not
+// matter to sleep: the descriptor was empty when it was last asked, so that
+// what came since has made an edge.
+type rest struct{ misses, left uint8 }
+
+// restAfter is how many times in vain make a queue rest for one turn more, and
+// restMax how many turns it rests at most.
+const (
+	restAfter = 16
+	restMax   = 3
+)
+
+// due says whether the queue rests this time.
+func (r *rest) due() bool {
+	if r.left == 0 {
+		return false
+	}
+	r.left--
+	return true
+}
+
+// after notes that n frames came.
+func (r *rest) after(n int) {
+	if n > 0 {
+		*r = rest{}
+		return
+	}
+	r.misses = min(r.misses+1, restAfter*restMax)
+	r.left = r.misses / restAfter
 }
 
 // Release gives the slots back to the next Pull.

@@ -39,6 +39,7 @@ type Tap struct {
 	fd      int
 	name    string
 	drained bool
+	rest    rest
 	w       Watcher
 	senders []tapSender
 
@@ -206,6 +207,9 @@ func (t *Tap) Close() error {
 
 // Pull reads what the kernel sends to the guest. See engine.Queue.
 func (t *Tap) Pull(b *frame.Batch) int {
+	if t.rest.due() {
+		return 0
+	}
 	t.drained = false
 	n := 0
 	for n < tapSlots {
@@ -226,6 +230,7 @@ func (t *Tap) Pull(b *frame.Batch) int {
 		n++
 		t.take(b, f, got-len(t.hdr), slot)
 	}
+	t.rest.after(n)
 	return n
 }
 
