@@ -29,7 +29,6 @@ type nic struct {
 	link   string
 	socket string
 
-	resolv dhcp.Resolv
 	pod    *uplink.Pod
 	up     *uplink.Uplink
 	kernel *uplink.Kernel
@@ -37,6 +36,7 @@ type nic struct {
 	links  *uplink.Links
 	nat    *nat.Masquerade
 	dhcp   *dhcp.Server
+	dns    *resolver
 	device *vhostuser.Device
 	port   frame.PortID
 }
@@ -51,8 +51,8 @@ func (n *nic) open(ctx context.Context, s *server, o *options, stopEngine func()
 		return err
 	}
 	var err error
-	if n.resolv, err = dhcp.ResolvConf(resolvConf(o, n.netns)); err != nil {
-		return badInput("resolvers: %w; name a file with --resolv-conf", err)
+	if n.dns, err = newResolver(o, n, s.log); err != nil {
+		return err
 	}
 	err = uplink.InNetNS(n.netns, func() error { return n.openHost(s, stopEngine) })
 	if err != nil {
@@ -69,6 +69,7 @@ func (n *nic) open(ctx context.Context, s *server, o *options, stopEngine func()
 		return err
 	}
 	go n.nat.Run(ctx, engine.Now)
+	n.resolve(ctx, s, o)
 	if err := n.device.Listen(); err != nil {
 		return cannot("%w", err)
 	}
@@ -78,6 +79,21 @@ func (n *nic) open(ctx context.Context, s *server, o *options, stopEngine func()
 		}
 	}()
 	return nil
+}
+
+// resolve lets the guest's names be resolved, by whom the pod's are.
+func (n *nic) resolve(ctx context.Context, s *server, o *options) {
+	ctx, cancel := context.WithCancel(ctx)
+	wait := n.dns.run(ctx, func() {
+		if err := n.dhcp.Update(n.dhcpConfig(o)); err != nil {
+			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
+		}
+	})
+	s.onStop(func() error {
+		cancel()
+		wait()
+		return nil
+	})
 }
 
 // prepareSocket makes the directory that QEMU finds the socket in.
@@ -94,7 +110,7 @@ func (n *nic) openHost(s *server, stopEngine func() error) (err error) {
 	workers := s.engine.Workers()
 	n.pod, err = uplink.Takeover(uplink.TakeoverConfig{
 		Link: n.link, Guest: net.Guest, Gateway: netip.PrefixFrom(net.Gateway, net.CIDR.Bits()),
-		Ports: uplinkPorts(n.iface.Ports), Workers: workers, Resolver: n.loopbackResolver(),
+		Ports: uplinkPorts(n.iface.Ports), Workers: workers,
 	})
 	if err != nil {
 		return err
@@ -226,11 +242,11 @@ func (p podAddrs) Local(ip uint32) bool { return p.r.Local().Has(ip) }
 
 // dhcpConfig is what the guest is leased.
 func (n *nic) dhcpConfig(o *options) dhcp.Config {
-	net := n.iface.Network
+	net, resolv := n.iface.Network, n.dns.config()
 	c := dhcp.Config{
 		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
 		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: uplink.GatewayMAC,
-		DNS: n.resolv.DNS4(net.Gateway), Search: n.resolv.SearchDomains(n.vm.Subdomain), Hostname: n.vm.Hostname,
+		DNS: resolv.DNS4(net.Gateway), Search: resolv.SearchDomains(n.vm.Subdomain), Hostname: n.vm.Hostname,
 		MTU: n.pod.MTU(), NTPServers: n.iface.DHCP.NTPServers, TFTPServerName: n.iface.DHCP.TFTPServer,
 		BootFileName: n.iface.DHCP.BootFile, KubeVirtCompat: o.compat,
 	}
@@ -238,32 +254,6 @@ func (n *nic) dhcpConfig(o *options) dhcp.Config {
 		c.Private = append(c.Private, dhcp.PrivateOption{Code: p.Option, Value: p.Value})
 	}
 	return c
-}
-
-// loopbackResolver is the first of the pod's resolvers that only the pod
-// itself can reach; the guest reaches it at the gateway.
-func (n *nic) loopbackResolver() netip.Addr {
-	for _, a := range n.resolv.Servers {
-		if a.Is4() && a.IsLoopback() {
-			return a
-		}
-	}
-	return netip.Addr{}
-}
-
-// resolvConf is the file that names the pod's resolvers: what the flag says,
-// what `ip netns` keeps for a namespace, or the system's.
-func resolvConf(o *options, netns string) string {
-	if o.resolvConf != "" {
-		return o.resolvConf
-	}
-	if dir, name := filepath.Split(netns); dir == "/run/netns/" || dir == "/var/run/netns/" {
-		own := filepath.Join("/etc/netns", name, "resolv.conf")
-		if _, err := os.Stat(own); err == nil {
-			return own
-		}
-	}
-	return "/etc/resolv.conf"
 }
 
 // hostError says who has to mend what the host refused.

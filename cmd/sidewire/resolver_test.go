@@ -1,61 +1,306 @@
 package main
 
 import (
+	"context"
 	"net"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/vhostuser/vhosttest"
 )
+
+// bigTXT is how many bytes of text the stub's answer about big.example has.
+const bigTXT = 20 * 200
 
 // stub is a resolver on the pod's loopback which, like systemd-resolved,
 // refuses whoever is not on the loopback too.
 func stub(w dns.ResponseWriter, q *dns.Msg) {
 	m := new(dns.Msg)
 	m.SetReply(q)
+	name := q.Question[0].Name
 	host, _, err := net.SplitHostPort(w.RemoteAddr().String())
-	if err != nil || !net.ParseIP(host).IsLoopback() {
+	switch {
+	case err != nil || !net.ParseIP(host).IsLoopback():
 		m.Rcode = dns.RcodeRefused
-	} else {
+	case name == "big.example.":
+		for range bigTXT / 200 {
+			m.Answer = append(m.Answer, &dns.TXT{
+				Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeTXT, Class: dns.ClassINET, Ttl: 1},
+				Txt: []string{strings.Repeat("x", 200)},
+			})
+		}
+	default:
 		m.Answer = []dns.RR{&dns.A{
-			Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 1},
+			Hdr: dns.RR_Header{Name: name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 1},
 			A:   net.IPv4(192, 0, 2, 53),
 		}}
 	}
 	_ = w.WriteMsg(m)
 }
 
+// startStub serves the stub at an address of the pod. Like that of
+// systemd-resolved it is bound to the loopback link: nothing else reaches it,
+// whatever its destination is rewritten to.
+func startStub(t *testing.T, w *enginetest.World, addr string) {
+	t.Helper()
+	c := net.ListenConfig{Control: control(func(fd int) error { return unix.BindToDevice(fd, "lo") })}
+	require.NoError(t, w.Pod.Do(func() error {
+		pc, err := c.ListenPacket(context.Background(), "udp4", addr)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { pc.Close() })
+		l, err := c.Listen(context.Background(), "tcp4", addr)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { l.Close() })
+		for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: l}} {
+			srv.Handler = dns.HandlerFunc(stub)
+			go func() { _ = srv.ActivateAndServe() }() // ends with its socket
+		}
+		return nil
+	}))
+}
+
+// dig asks the gateway and returns the short answer.
+func (v *vm) dig(args ...string) string {
+	v.t.Helper()
+	return strings.TrimSpace(v.run("dig", append([]string{"+short", "+time=3", "+tries=1", "@10.0.2.1"}, args...)...))
+}
+
 // A resolver on the pod's loopback is the gateway to the guest, which forwards
-// to it over UDP and TCP, whatever ports are published.
+// to it over UDP and TCP, whatever ports are published, and also past a
+// resolver that is dead.
 func TestLoopbackResolverIsTheGateway(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
-	for name, ports := range map[string][]string{"no ports": nil, "ports": {"tcp:80"}} {
+	const answer = "192.0.2.53"
+	for name, c := range map[string]struct {
+		ports []string
+		conf  string
+		stub  string
+	}{
+		"no ports":             {nil, "nameserver 127.0.0.53\n", "127.0.0.53:53"},
+		"ports":                {[]string{"tcp:80"}, "nameserver 127.0.0.53\n", "127.0.0.53:53"},
+		"127.0.0.1, no ports":  {nil, "nameserver 127.0.0.1\n", "127.0.0.1:53"},
+		"127.0.0.1, its ports": {[]string{"tcp:53", "udp:53"}, "nameserver 127.0.0.1\n", "127.0.0.1:53"},
+		"the first is dead":    {nil, "nameserver 127.0.0.99\nnameserver 127.0.0.53\n", "127.0.0.53:53"},
+	} {
 		t.Run(name, func(t *testing.T) {
 			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
-			pc, err := w.Pod.ListenPacket("udp4", "127.0.0.53:53")
-			require.NoError(t, err)
-			t.Cleanup(func() { pc.Close() })
-			l, err := w.Pod.Listen("tcp4", "127.0.0.53:53")
-			require.NoError(t, err)
-			t.Cleanup(func() { l.Close() })
-			for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: l}} {
-				srv.Handler = dns.HandlerFunc(stub)
-				go func() { _ = srv.ActivateAndServe() }() // ends with its socket
-			}
-			w.ResolvConf = writeFile(t, "resolv.conf", "nameserver 127.0.0.53\n")
-			p := startSidewire(t, w, spec("vm", 1, ports...))
+			startStub(t, w, c.stub)
+			w.ResolvConf = writeFile(t, "resolv.conf", c.conf)
+			// IPv6 takes its time to settle, which is no change of ours.
+			require.True(t, enginetest.Wait(soon, func() bool {
+				out, err := runIn(w.Pod, t.TempDir(), "ip", "-o", "addr")
+				return err == nil && !strings.Contains(out, "tentative")
+			}))
+			before := footprint(t, w.Pod)
+			p := startSidewire(t, w, spec("vm", 1, c.ports...))
 			v := startVM(t, p, vhosttest.Options{})
-			resolv := v.run("cat", v.dir+"/resolv.conf")
-			assert.Contains(t, resolv, "nameserver 10.0.2.1")
-			assert.Equal(t, "192.0.2.53\n", v.run("dig", "+short", "+time=2", "@10.0.2.1", "a.example"))
-			assert.Equal(t, "192.0.2.53\n", v.run("dig", "+short", "+tcp", "+time=2", "@10.0.2.1", "b.example"))
-			// Other ports of the gateway are the pod's own, as before.
-			_, err = v.try("dig", "+tries=1", "+time=1", "-p", "54", "@10.0.2.1", "c.example")
+			assert.Contains(t, v.run("cat", v.dir+"/resolv.conf"), "nameserver 10.0.2.1")
+			assert.Equal(t, answer, v.dig("a.example"))
+			assert.Equal(t, answer, v.dig("+tcp", "b.example"))
+			for _, how := range [][]string{{"+bufsize=8192", "+ignore"}, {"+tcp"}} {
+				text := v.dig(append(how, "big.example", "TXT")...)
+				assert.Equal(t, bigTXT, strings.Count(text, "x"), how)
+			}
+			// Other ports of the gateway are the pod's own.
+			_, err := v.try("dig", "+tries=1", "+time=1", "-p", "54", "@10.0.2.1", "c.example")
 			assert.Error(t, err)
+
+			st := p.status().Interfaces[0].DNS
+			require.NotNil(t, st.Listen)
+			assert.Equal(t, "10.0.2.1:53", st.Listen.String())
+			assert.EqualValues(t, [3]uint64{2, 2, 2}, [3]uint64{st.Relay.Queries, st.Relay.Answers, st.Relay.Conns})
+			out := sidewire(t, "status", "--socket-dir", p.dir).out
+			assert.Contains(t, out, "10.0.2.1:53 asks [127.0.0.")
+			p.stop()
+			assert.Empty(t, changes(before, footprint(t, w.Pod)))
 		})
 	}
+}
+
+// Nobody but the guest is answered at the gateway: to others the port is what
+// it was.
+func TestGatewayAnswersGuestsAlone(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dig")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	startStub(t, w, "127.0.0.53:53")
+	w.ResolvConf = writeFile(t, "resolv.conf", "nameserver 127.0.0.53\n")
+	p := startSidewire(t, w, spec("vm", 1, "tcp:80"))
+	enginetest.Must(t, w.Outside.Route("10.0.2.0/24", enginetest.PodIP))
+	for name, ns := range map[string]*enginetest.NetNS{"pod": w.Pod, "outside": w.Outside} {
+		for _, how := range []string{"+notcp", "+tcp"} {
+			out, err := runIn(ns, t.TempDir(), "dig", "+short", "+time=1", "+tries=1", how, "@10.0.2.1", "a.example")
+			assert.Error(t, err, "%s %s: %s", name, how, out)
+		}
+	}
+	assert.Zero(t, p.status().Interfaces[0].DNS.Relay.Queries)
+}
+
+// A process of the pod that listens for everybody answers the guest too, as it
+// does with KubeVirt.
+func TestPodsOwnServerAtTheGateway(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	pc, err := w.Pod.ListenPacket("udp4", "0.0.0.0:53")
+	require.NoError(t, err)
+	srv := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetReply(q)
+		m.Answer = []dns.RR{&dns.A{
+			Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 1}, A: net.IPv4(192, 0, 2, 99),
+		}}
+		_ = w.WriteMsg(m)
+	})}
+	go func() { _ = srv.ActivateAndServe() }()
+	t.Cleanup(func() { pc.Close() })
+	w.ResolvConf = writeFile(t, "resolv.conf", "nameserver 127.0.0.1\n")
+	p := startSidewire(t, w, spec("vm", 1))
+	v := startVM(t, p, vhosttest.Options{})
+	assert.Equal(t, "192.0.2.99", v.dig("a.example"))
+	st := p.status().Interfaces[0].DNS
+	assert.Nil(t, st.Listen)
+	assert.Contains(t, st.Error, "a process of the pod listens there")
+}
+
+// What becomes of the resolv.conf is followed: by the next lease and by the
+// relay.
+func TestResolvConfIsFollowed(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	startStub(t, w, "127.0.0.53:53")
+	original, err := os.ReadFile(w.ResolvConf)
+	require.NoError(t, err)
+	p := startSidewire(t, w, spec("vm", 1))
+	v := startVM(t, p, vhosttest.Options{})
+	lease := func() string { return v.run("cat", v.dir+"/resolv.conf") }
+	assert.Contains(t, lease(), "nameserver "+enginetest.OutsideIP)
+	_, err = v.try("dig", "+time=1", "+tries=1", "@10.0.2.1", "a.example")
+	require.Error(t, err, "nobody listens as long as nobody needs to")
+
+	// replace puts other content in the file's place, and waits until it counts.
+	replace := func(content string) {
+		t.Helper()
+		next := w.ResolvConf + ".next"
+		require.NoError(t, os.WriteFile(next, []byte(content), 0o644))
+		require.NoError(t, os.Rename(next, w.ResolvConf))
+		want := strings.Fields(content)[1]
+		ok := enginetest.Wait(soon, func() bool { return p.status().Interfaces[0].DNS.Servers[0].String() == want })
+		require.True(t, ok, "%s is not in %+v", want, p.status().Interfaces[0].DNS)
+	}
+	replace("nameserver 127.0.0.53\nsearch new.example\n")
+	ok := enginetest.Wait(soon, func() bool { return p.status().Interfaces[0].DNS.Listen != nil })
+	require.True(t, ok)
+	v.dhclient("-x")
+	v.dhclient("-1")
+	assert.Contains(t, lease(), "nameserver 10.0.2.1")
+	assert.Contains(t, lease(), "new.example")
+	assert.Equal(t, "192.0.2.53", v.dig("a.example"))
+
+	// The lease still says so: who was asked there is asked there, of others.
+	replace(string(original))
+	assert.Equal(t, enginetest.OutsideIP, v.dig(enginetest.OutsideName))
+}
+
+// watched follows what a path leads to. The channel gets the content after
+// each change, "" for none.
+func watched(t *testing.T, path string) chan string {
+	t.Helper()
+	w, err := watchFile(path)
+	require.NoError(t, err)
+	told, done := make(chan string, 100), make(chan struct{})
+	go func() {
+		defer close(done)
+		for w.Next() == nil {
+			b, _ := os.ReadFile(path)
+			told <- string(b)
+		}
+	}()
+	t.Cleanup(func() {
+		w.Close()
+		<-done
+	})
+	return told
+}
+
+// Each step changes what the path leads to, in a way that is told.
+func TestFileWatch(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	mkdir := func(name string) { require.NoError(t, os.MkdirAll(at(name), 0o755)) }
+	rename := func(from, to string) { require.NoError(t, os.Rename(at(from), at(to))) }
+	write := func(name, content string) { require.NoError(t, os.WriteFile(at(name), []byte(content), 0o644)) }
+	link := func(to, name string) {
+		require.NoError(t, os.Symlink(to, at(name+"~")))
+		rename(name+"~", name)
+	}
+	for _, name := range []string{"run", "v1", "v2"} {
+		mkdir(name)
+		write(name+"/f", name)
+	}
+	write("plain", "")
+	write("bystander", "bystander")
+	link("run/f", "rel")
+	link(at("rel"), "abs")
+	link("v1", "data")
+	link("data/f", "f")
+	for _, c := range []struct {
+		name, path string
+		steps      []func()
+		want       []string
+	}{
+		{"plain file", "plain", []func(){
+			func() { write("plain", "written") },
+			func() { write("other", "replaced"); rename("other", "plain") },
+			func() { write("plain", "written again") },
+			func() { require.NoError(t, os.Remove(at("plain"))) },
+			func() { write("other", "back"); rename("other", "plain") },
+			func() { link("bystander", "plain") },
+			func() { write("bystander", "now it matters") },
+		}, []string{"written", "replaced", "written again", "", "back", "bystander", "now it matters"}},
+		{"behind links", "abs", []func(){
+			func() { write("run/f", "written") },
+			func() { link("bystander", "rel") },
+			func() { write("bystander", "elsewhere") },
+			func() { link("v1/f", "abs") },
+		}, []string{"written", "now it matters", "elsewhere", "v1"}},
+		{"behind a link to a directory", "f", []func(){
+			func() { link("v2", "data") },
+			func() { write("v2/f", "written") },
+			func() { link("v1", "data") },
+		}, []string{"v2", "written", "v1"}},
+		{"not there yet", "no/such/file", []func(){
+			func() { mkdir("no") },
+			func() { mkdir("no/such") },
+			func() { write("other", "there"); rename("other", "no/such/file") },
+		}, []string{"", "", "there"}},
+		{"..", "run/../run/f", []func(){func() { write("run/f", "seen") }}, []string{"seen"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			told := watched(t, at(c.path))
+			for i, step := range c.steps {
+				step()
+				select {
+				case got := <-told:
+					require.Equal(t, c.want[i], got, "step %d", i)
+				case <-time.After(soon):
+					t.Fatalf("step %d is not noticed", i)
+				}
+			}
+			assert.Empty(t, told, "each change is told once")
+		})
+	}
+	_, err := watchFile(at("f") + "\x00")
+	assert.NoError(t, err, "what cannot be is waited for too")
 }

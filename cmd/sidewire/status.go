@@ -46,6 +46,7 @@ type InterfaceStatus struct {
 	Device     vhostuser.Status    `json:"device"`
 	Leases     []dhcp.LeaseInfo    `json:"leases"`
 	DHCP       dhcp.Stats          `json:"dhcp"`
+	DNS        ResolverStatus      `json:"dns"`
 	NAT        nat.Stats           `json:"nat"`
 	Forwards   []forwardRequest    `json:"forwards"` // null: everything
 }
@@ -61,7 +62,7 @@ func (s *server) Status() Status {
 			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link, Links: n.links.Status(),
 			Pod: n.pod.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
 			MTU: n.pod.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
-			Device: n.device.Status(), Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), NAT: n.nat.Stats(),
+			Device: n.device.Status(), Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), DNS: n.dns.status(), NAT: n.nat.Stats(),
 			Forwards: n.forwards(),
 		})
 	}
@@ -187,6 +188,7 @@ func printStatus(out io.Writer, st Status) error {
 		for _, l := range i.Leases {
 			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))
 		}
+		fmt.Fprintf(w, "  names\t%s\n", i.DNS)
 		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
 		fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
 	}

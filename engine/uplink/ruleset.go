@@ -71,7 +71,7 @@ func (p *Pod) ipTable() *nftables.Table {
 
 var (
 	chainsNetdev = []string{"ingress", "egress", "marked", "seen", "seentcp", "transport", "candidate", "icmp", "fragment", "pod", "guest"}
-	chainsIP     = []string{"unmarked", "output", "postrouting", "prerouting", "input"}
+	chainsIP     = []string{"unmarked", "output", "postrouting"}
 
 	typeFlow  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeInetService)
 	typePair  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
@@ -121,8 +121,6 @@ func (p *Pod) makeTables() error {
 	base("unmarked", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw)
 	base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest)
-	base("input", nftables.ChainTypeNAT, nftables.ChainHookInput, nftables.ChainPriorityNATSource)
 	for _, t := range []*nftables.Table{dev, ip} {
 		err = errors.Join(err, c.AddSet(p.portSet(t), nil))
 	}
@@ -267,7 +265,6 @@ func (p *Pod) setRules() error {
 		ip.flush(c)
 	}
 	p.loopbackRules(ip)
-	p.resolverRules(ip)
 	for _, r := range []*rules{dev, ip} {
 		if err := r.commit(); err != nil {
 			return nftError(err)
@@ -397,7 +394,8 @@ func (p *Pod) egressRules(r *rules) {
 	r.add("seentcp", out, update("flows", tcpIdle))
 }
 
-// loopbackRules are those of KubeVirt for connections from inside the pod.
+// loopbackRules are those of KubeVirt for connections from inside the pod. What
+// the engine itself asks on the pod's loopback is no such connection.
 func (p *Pod) loopbackRules(r *rules) {
 	r.add("unmarked", markIs(Mark), &expr.Notrack{})
 	var listed any = []any{}
@@ -405,32 +403,17 @@ func (p *Pod) loopbackRules(r *rules) {
 		listed = []any{portKey(2), inSet("ports")}
 	}
 	loopback := []byte{127, 0, 0, 1}
+	r.add("output", markIs(PodMark), accept())
 	r.add("output", ipField(offDst, 4, reg1), is(loopback...), listed, nat(expr.NATTypeDestNAT, p.c.Guest.AsSlice()))
-	r.add("postrouting", p.onTap(expr.MetaKeyOIFNAME),
+	r.add("postrouting", p.toTap(),
 		ipField(offSrc, 4, reg1), is(loopback...), listed, nat(expr.NATTypeSourceNAT, p.c.Gateway.Addr().AsSlice()))
 }
 
-// resolverRules let the guest ask the pod's own resolver at the gateway. Such
-// a resolver answers its own host alone, so it sees the question come from
-// there.
-func (p *Pod) resolverRules(r *rules) {
-	if !p.c.Resolver.IsValid() {
-		return
-	}
-	to := p.c.Resolver.AsSlice()
-	for _, proto := range []byte{frame.ProtoUDP, frame.ProtoTCP} {
-		r.add("prerouting", p.onTap(expr.MetaKeyIIFNAME), ipField(offDst, 4, reg1), is(p.c.Gateway.Addr().AsSlice()...),
-			protocol(proto), thField(2, 2, reg1), is(be16(53)...), nat(expr.NATTypeDestNAT, to))
-	}
-	r.add("input", p.onTap(expr.MetaKeyIIFNAME), ipField(offDst, 4, reg1), is(to...),
-		nat(expr.NATTypeSourceNAT, []byte{127, 0, 0, 1}))
-}
-
-// onTap matches what comes by the local tap, or goes by it.
-func (p *Pod) onTap(key expr.MetaKey) any {
+// toTap matches what goes by the local tap.
+func (p *Pod) toTap() any {
 	tap := make([]byte, unix.IFNAMSIZ)
 	copy(tap, p.tap.Name())
-	return []any{&expr.Meta{Key: key, Register: reg1}, is(tap...)}
+	return []any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, is(tap...)}
 }
 
 func nat(t expr.NATType, to []byte) any {

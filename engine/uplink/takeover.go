@@ -18,6 +18,10 @@ import (
 // it is not taken for a flow of the pod. Set it as Config.Mark too.
 const Mark = 0x51de0001
 
+// PodMark is on what the engine asks as a process of the pod, to which
+// 127.0.0.1 is the pod also where it is the guest to others.
+const PodMark = 0x51de0002
+
 // GatewayMAC is the gateway's hardware address in every pod, so that a guest's
 // ARP entry survives migration.
 var GatewayMAC = frame.MAC{2}
@@ -50,9 +54,6 @@ type TakeoverConfig struct {
 	// NAT is the range of external ports; the zero value is DefaultNAT.
 	NAT     PortRange
 	Workers int // how many workers push to the tap
-	// Resolver is a DNS server on the pod's loopback, such as 127.0.0.53, that
-	// the guest reaches at the gateway; the zero value is none.
-	Resolver netip.Addr
 }
 
 // Pod is a network namespace that was taken over for a guest: the guest's
@@ -130,9 +131,6 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 		return fmt.Errorf("port range %d-%d is empty", c.NAT.Lo, c.NAT.Hi)
 	case !c.Guest.Is4() || !c.Gateway.Addr().Is4() || !c.Gateway.Contains(c.Guest) || c.Gateway.Addr() == c.Guest:
 		return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", c.Guest, c.Gateway)
-	}
-	if r := c.Resolver; r.IsValid() && (!r.Is4() || !r.IsLoopback()) {
-		return fmt.Errorf("resolver %s is not on the IPv4 loopback", r)
 	}
 	if err := checkPorts(c.Ports); err != nil {
 		return err

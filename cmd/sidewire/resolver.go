@@ -1,0 +1,256 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/dhcp"
+	"sidewire/engine/uplink"
+	"sidewire/nat/dns"
+)
+
+// dnsPort is where resolvers listen.
+const dnsPort = 53
+
+// resolver follows the pod's resolv.conf for a guest. Servers that the guest
+// can reach itself are in its lease as they are. Where one is on the pod's
+// loopback, the gateway is instead, and a relay there asks all of them, as a
+// process of the pod.
+type resolver struct {
+	path    string // of the resolv.conf
+	netns   string
+	tap     string // link with the gateway's address
+	gateway netip.Addr
+	relay   *dns.Server
+	log     *slog.Logger
+
+	mu     sync.Mutex // guards everything below
+	conf   dhcp.Resolv
+	listen netip.AddrPort // the relay's; the zero value as long as it has none
+	err    error          // why it has none although it should
+}
+
+// ResolverStatus is what the guest's queries go by.
+type ResolverStatus struct {
+	File    string           `json:"file"`
+	Servers []netip.Addr     `json:"servers"`          // that it names
+	Listen  *netip.AddrPort  `json:"listen,omitempty"` // the relay at the gateway, if there is one
+	Asks    []netip.AddrPort `json:"asks,omitempty"`   // whom it asks, in order
+	Error   string           `json:"error,omitempty"`
+	Relay   dns.Stats        `json:"relay"`
+}
+
+// newResolver reads the resolv.conf of the pod.
+func newResolver(o *options, n *nic, log *slog.Logger) (*resolver, error) {
+	net := n.iface.Network
+	r := &resolver{
+		path: resolvConf(o, n.netns), netns: n.netns, tap: uplink.TapName(n.link), gateway: net.Gateway,
+		log: log.With("interface", n.name()),
+	}
+	var err error
+	if r.conf, err = dhcp.ResolvConf(r.path); err != nil {
+		return nil, badInput("resolvers: %w; name a file with --resolv-conf", err)
+	}
+	r.relay, err = dns.New(dns.Config{
+		Resolvers: r.targets(r.conf), Allow: netip.PrefixFrom(net.Guest, net.Guest.BitLen()), Dial: r.dial,
+	})
+	return r, err
+}
+
+// config is what the resolv.conf says now.
+func (r *resolver) config() dhcp.Resolv {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.conf
+}
+
+// run relays if it must, and calls changed when the resolv.conf has changed,
+// until ctx ends. It returns at once; wait returns when all is over.
+func (r *resolver) run(ctx context.Context, changed func()) (wait func()) {
+	var wg sync.WaitGroup
+	r.serve(ctx, &wg)
+	w, err := watchFile(r.path)
+	if err != nil {
+		r.log.Warn("changes of the pod's resolvers are not followed", "file", r.path, "err", err)
+		return wg.Wait
+	}
+	stop := context.AfterFunc(ctx, func() { w.Close() })
+	wg.Go(func() {
+		defer w.Close()
+		defer stop()
+		for {
+			// It may have changed before it was watched, too.
+			if r.reload() {
+				r.serve(ctx, &wg)
+				changed()
+			}
+			if err := w.Next(); err != nil {
+				if ctx.Err() == nil {
+					r.log.Warn("changes of the pod's resolvers are not followed any more", "file", r.path, "err", err)
+				}
+				return
+			}
+		}
+	})
+	return wg.Wait
+}
+
+// reload reads the resolv.conf again and says whether it has changed. One that
+// cannot be read, or names nobody, is being written: another event follows.
+func (r *resolver) reload() bool {
+	conf, err := dhcp.ResolvConf(r.path)
+	if err != nil || len(conf.Servers) == 0 {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if slices.Equal(conf.Servers, r.conf.Servers) && slices.Equal(conf.Search, r.conf.Search) {
+		return false
+	}
+	r.log.Info("the pod's resolvers have changed", "file", r.path, "servers", conf.Servers, "search", conf.Search)
+	r.conf = conf
+	r.relay.SetResolvers(r.targets(conf))
+	return true
+}
+
+// serve begins to relay when a resolver is on the pod's loopback. It goes on
+// when that changes: the guest's lease may still say so.
+func (r *resolver) serve(ctx context.Context, wg *sync.WaitGroup) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.listen.IsValid() || !slices.ContainsFunc(r.conf.Servers, isPods) {
+		return
+	}
+	addr := netip.AddrPortFrom(r.gateway, dnsPort)
+	udp, tcp, err := r.open(ctx, addr.String())
+	if r.err = err; err != nil {
+		r.log.Warn("the gateway does not answer the guest's DNS queries", "err", err)
+		return
+	}
+	r.listen = addr
+	wg.Go(func() { r.relay.Serve(ctx, udp, tcp) })
+}
+
+// isPods says whether only the pod itself can reach a resolver.
+func isPods(a netip.Addr) bool { return a.IsLoopback() || a.IsUnspecified() }
+
+// targets are whom the relay asks: everybody but itself.
+func (r *resolver) targets(conf dhcp.Resolv) []netip.AddrPort {
+	var out []netip.AddrPort
+	for _, a := range conf.Servers {
+		switch {
+		case a == r.gateway:
+			continue
+		case a.IsUnspecified() && a.Is4():
+			a = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		case a.IsUnspecified():
+			a = netip.IPv6Loopback()
+		}
+		out = append(out, netip.AddrPortFrom(a, dnsPort))
+	}
+	return out
+}
+
+// open listens at the gateway, for what comes by the guest's tap alone.
+func (r *resolver) open(ctx context.Context, addr string) (udp *net.UDPConn, tcp *net.TCPListener, err error) {
+	c := net.ListenConfig{Control: control(func(fd int) error { return unix.BindToDevice(fd, r.tap) })}
+	err = uplink.InNetNS(r.netns, func() error {
+		pc, err := c.ListenPacket(ctx, "udp4", addr)
+		if err != nil {
+			return err
+		}
+		l, err := c.Listen(ctx, "tcp4", addr)
+		if err != nil {
+			pc.Close()
+			return err
+		}
+		udp, tcp = pc.(*net.UDPConn), l.(*net.TCPListener)
+		return nil
+	})
+	switch {
+	case errors.Is(err, unix.EADDRINUSE):
+		err = fmt.Errorf("%w: a process of the pod listens there for everybody, the guest included", err)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		err = fmt.Errorf("%w: it takes CAP_NET_BIND_SERVICE, or ip_unprivileged_port_start of at most %d", err, dnsPort)
+	}
+	return udp, tcp, err
+}
+
+// dial calls a resolver as a process of the pod.
+func (r *resolver) dial(ctx context.Context, network, addr string) (c net.Conn, err error) {
+	d := net.Dialer{Control: control(func(fd int) error {
+		// Without the privilege there are no rules that look for it either.
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, uplink.PodMark)
+		return nil
+	})}
+	err = uplink.InNetNS(r.netns, func() error {
+		c, err = d.DialContext(ctx, network, addr)
+		return err
+	})
+	return c, err
+}
+
+// control makes a function for a socket one for net.
+func control(f func(fd int) error) func(network, address string, c syscall.RawConn) error {
+	return func(_, _ string, c syscall.RawConn) (err error) {
+		if cerr := c.Control(func(fd uintptr) { err = f(int(fd)) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}
+}
+
+// status says what the guest's queries go by.
+func (r *resolver) status() ResolverStatus {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	st := ResolverStatus{File: r.path, Servers: r.conf.Servers, Relay: r.relay.Stats()}
+	if r.listen.IsValid() {
+		listen := r.listen
+		st.Listen, st.Asks = &listen, r.relay.Resolvers()
+	}
+	if r.err != nil {
+		st.Error = r.err.Error()
+	}
+	return st
+}
+
+// String is the status in a line.
+func (st ResolverStatus) String() string {
+	switch {
+	case st.Error != "":
+		return "not answered at the gateway: " + st.Error
+	case st.Listen != nil:
+		return fmt.Sprintf("%s asks %v: %d queries, %d answers, %d failures, %d over TCP", st.Listen, st.Asks,
+			st.Relay.Queries, st.Relay.Answers, st.Relay.Failures, st.Relay.Conns)
+	case len(st.Servers) == 0:
+		return "no resolver in " + st.File
+	}
+	return fmt.Sprintf("the guest asks %v", st.Servers)
+}
+
+// resolvConf is the file that names the pod's resolvers: what the flag says,
+// what `ip netns` keeps for a namespace, or the system's.
+func resolvConf(o *options, netns string) string {
+	if o.resolvConf != "" {
+		return o.resolvConf
+	}
+	if dir, name := filepath.Split(netns); dir == "/run/netns/" || dir == "/var/run/netns/" {
+		own := filepath.Join("/etc/netns", name, "resolv.conf")
+		if _, err := os.Stat(own); err == nil {
+			return own
+		}
+	}
+	return "/etc/resolv.conf"
+}
