@@ -27,7 +27,7 @@ race: ## the unit tests under the race detector (needs a C compiler)
 
 fuzz: ## fuzz every target for T each (T=60s)
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
-		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(T) $$p || exit 1; done; done
+		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(T) -fuzzminimizetime 50x $$p || exit 1; done; done
 
 bench: ## benchmarks of the hot functions
 	$(GO) test -run '^$$' -bench . -benchmem ./...

@@ -212,7 +212,8 @@ func (q *Queue) follow(w *walk, d desc, table []byte, nested bool) Status {
 }
 
 // followIndirect follows the table that d stands for. That d is marked
-// writable means nothing (virtio 1.2, 2.7.5.3.2).
+// writable is no fault (H058): "the device MUST ignore the write-only flag in
+// the descriptor that refers to an indirect table" (virtio 1.2, 2.7.5.3.2).
 func (q *Queue) followIndirect(w *walk, d desc) Status {
 	n := d.len / descLen
 	if n == 0 || d.len%descLen != 0 || n > uint32(q.limit) {
