@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"sidewire/engine/enginetest"
+	"sidewire/vhostuser/virtq"
 )
 
 // H048: a frontend sets up the ring behind the pairs without having negotiated
@@ -36,17 +37,27 @@ func TestProtocolFeaturesChangeTheControlQueue(t *testing.T) {
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
 	f.bringUp(ctrlFeats, 4)
-	with := u64(d.proto)
-	without := u64(d.proto &^ protoConfig)
-	rx := &d.pairs[1].rx
-	require.NotNil(t, rx.q)
+	with := u64(offeredProtocol)
+	without := u64(offeredProtocol &^ protoConfig)
+	look := func() (inPath, built *virtq.Queue, ctrl *ring) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		rx := &d.pairs[1].rx
+		rx.mu.Lock()
+		defer rx.mu.Unlock()
+		return rx.q, d.rings[2].q, d.ctrl.ring
+	}
+	q, _, _ := look()
+	require.NotNil(t, q)
 	f.do(SetProtocolFeatures, without) // ring 2 is the control queue now
-	require.Nil(t, rx.q)
+	q, _, _ = look()
+	require.Nil(t, q)
 	f.do(SetMemTable, table([4]uint64{testGPA, testMem, testUVA, 0}), f.memfd)
 	f.do(SetProtocolFeatures, with)
-	require.NotNil(t, rx.q)
-	require.Same(t, d.rings[2].q, rx.q)
-	require.Nil(t, d.ctrl.ring)
+	q, built, ctrl := look()
+	require.NotNil(t, q)
+	require.Same(t, built, q)
+	require.Nil(t, ctrl)
 }
 
 // A tx ring without a kick descriptor is looked at all the time (message 12,
