@@ -56,10 +56,11 @@ func TestFlowsOutliveALinkDown(t *testing.T) {
 	}
 }
 
-// Somebody deletes a link of sidewire's: what needs it ends, the rest goes on,
-// nobody spins, log and status say so, and the pod is put back as ever.
+// Somebody deletes a link of sidewire's, or the pod's: what needs it ends, the
+// rest goes on, nobody spins, log and status say so, and the pod is put back as
+// ever.
 func TestDeletedLinks(t *testing.T) {
-	for _, link := range []string{"sw-eth0", "swin-eth0"} {
+	for _, link := range []string{"sw-eth0", "swin-eth0", "eth0"} {
 		t.Run(link, func(t *testing.T) {
 			s := newScene(t, "sidewire")
 			require.NoError(t, s.Pod.Sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")) // it changes by itself
@@ -71,13 +72,17 @@ func TestDeletedLinks(t *testing.T) {
 			loop := dialFrom(t, s.Pod, "127.0.0.1:80")
 			enginetest.Must(t, s.Pod.Run("ip", "link", "del", link))
 			s.linkState(link, uplink.LinkGone)
-			if link == "sw-eth0" {
+			switch link {
+			case "sw-eth0":
 				assert.True(t, echoes(t, out, "guest to outside"))
 				assert.Equal(t, "vm, peer 10.244.1.1", s.tcp(s.Outside, "10.244.1.5:80"))
 				assert.Equal(t, "timeout", s.ping(s.guest, gatewayIP))
-			} else {
+			case "swin-eth0":
 				assert.True(t, echoes(t, loop, "pod to guest"))
 				assert.Equal(t, "timeout", s.tcp(s.Outside, "10.244.1.5:80"))
+			default:
+				assert.True(t, echoes(t, loop, "pod to guest"))
+				assert.Contains(t, s.ping(s.guest, "10.244.1.1"), "Destination Net Unreachable")
 			}
 			require.NoError(t, s.guest.Down("eth0")) // nobody says anything any more
 			wakeups := func() (n uint64) {
@@ -98,6 +103,10 @@ func TestDeletedLinks(t *testing.T) {
 			assert.Contains(t, text.String(), link+" gone")
 			s.dump()
 			s.proc.stop()
+			if link == "eth0" {
+				assert.NotContains(t, footprint(t, s.Pod)["nft list ruleset"], "sidewire")
+				return
+			}
 			assert.Empty(t, changes(before, footprint(t, s.Pod)))
 		})
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
@@ -223,4 +224,46 @@ func TestRest(t *testing.T) {
 	}
 	r.after(1)
 	require.Equal(t, 15, asked(&r, 15))
+}
+
+// What comes while a queue rests wakes the worker once; the worker then finds
+// it, before it sleeps again.
+func TestRestForgetsNothing(t *testing.T) {
+	r := newRig(t)
+	u := r.open(r.Pod, Config{Link: "eth0", Sink: r.pod.Sink(), Workers: 1, Mark: Mark, Direct: true})
+	rare, tap := u.Queues()[1], r.pod.Tap()
+	for name, c := range map[string]struct {
+		q interface {
+			source
+			Arm() bool
+			SetWatcher(Watcher) error
+		}
+		come func()
+	}{
+		"queue": {rare, func() { r.syn(1, 80) }},
+		"tap": {tap, func() {
+			// The kernel asks for the guest's address.
+			c, err := r.Pod.Dial("udp4", "10.0.2.2:9", deadline)
+			require.NoError(t, err)
+			defer c.Close()
+			_, err = c.Write([]byte("x"))
+			require.NoError(t, err)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := newEpoll(t)
+			require.NoError(t, c.q.SetWatcher(e))
+			for range 1 + restAfter*restMax {
+				require.Empty(t, pull(c.q, r.batch))
+			}
+			c.come()
+			require.Eventually(t, func() bool { return poll(e.fd, unix.POLLIN, 0) != 0 }, deadline, time.Millisecond)
+			require.False(t, c.q.Arm())
+			var evs [4]unix.EpollEvent
+			n, err := unix.EpollWait(e.fd, evs[:], 0)
+			require.NoError(t, err)
+			require.Equal(t, 1, n)
+			require.NotEmpty(t, pull(c.q, r.batch))
+		})
+	}
 }

@@ -215,9 +215,9 @@ func (q *Queue) retag(f *frame.Frame, i int) {
 }
 
 // rest lets a worker that has much to do elsewhere ask a descriptor less often
-// which rarely has anything: each question is a system call. It does not
-// matter to sleep: the descriptor was empty when it was last asked, so that
-// what came since has made an edge.
+// which rarely has anything: each question is a system call. What comes while
+// it rests makes an edge, and so wakes a worker that goes to sleep; that worker
+// must then ask, for there is no second edge.
 type rest struct{ misses, left uint8 }
 
 // restAfter is how many times in vain make a queue rest for one turn more, and
@@ -246,6 +246,9 @@ func (r *rest) after(n int) {
 	r.left = r.misses / restAfter
 }
 
+// wake ends the rest before a sleep.
+func (r *rest) wake() { r.left = 0 }
+
 // Release gives the slots back to the next Pull.
 func (q *Queue) Release(*frame.Batch) {
 	if q.direct != nil && q.direct.lent {
@@ -256,7 +259,10 @@ func (q *Queue) Release(*frame.Batch) {
 
 // Arm reports whether frames are waiting. Watching is edge-triggered: a socket
 // that was empty after the last Pull wakes its worker by itself.
-func (q *Queue) Arm() (more bool) { return !q.drained && poll(q.fd, unix.POLLIN, 0)&unix.POLLIN != 0 }
+func (q *Queue) Arm() (more bool) {
+	q.rest.wake()
+	return !q.drained && poll(q.fd, unix.POLLIN, 0)&unix.POLLIN != 0
+}
 
 // Disarm does nothing: nobody is woken who does not sleep.
 func (q *Queue) Disarm() {}

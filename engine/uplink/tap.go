@@ -253,7 +253,10 @@ func (t *Tap) Release(*frame.Batch) {}
 
 // Arm reports whether frames are waiting; see Queue.Arm. A tap that somebody
 // deleted has none, only an error that never ends.
-func (t *Tap) Arm() (more bool) { return !t.drained && poll(t.fd, unix.POLLIN, 0)&unix.POLLIN != 0 }
+func (t *Tap) Arm() (more bool) {
+	t.rest.wake()
+	return !t.drained && poll(t.fd, unix.POLLIN, 0)&unix.POLLIN != 0
+}
 
 // Disarm does nothing.
 func (t *Tap) Disarm() {}
