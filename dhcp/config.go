@@ -56,6 +56,11 @@ type Config struct {
 	// messages get silence, nothing of the request but its header is echoed.
 	KubeVirtCompat bool
 
+	// OnLease, if not nil, is told who has the address with every lease: what
+	// comes for the guest from outside need not wait until it speaks of itself.
+	// It is called from Process and must not wait, nor call the server.
+	OnLease func(mac frame.MAC)
+
 	// Now is the wall clock, time.Now if nil. It is read once per message.
 	Now func() time.Time
 }

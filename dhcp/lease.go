@@ -91,6 +91,9 @@ func (s *Server) bind(o *offer, q *request) {
 		}
 	}
 	s.lease = l
+	if o.OnLease != nil {
+		o.OnLease(q.chaddr)
+	}
 }
 
 // unbind ends the lease if it is the client's own that it gives back or

@@ -26,13 +26,17 @@ func addr(a netip.Addr) net.IP { return net.IP(a.AsSlice()) }
 
 // The whole exchange with messages that the codec's own client would send.
 func TestExchange(t *testing.T) {
-	n := newBench(t, masquerade())
+	var leased []frame.MAC
+	c := masquerade()
+	c.OnLease = func(m frame.MAC) { leased = append(leased, m) }
+	n := newBench(t, c)
 	d, err := dhcpv4.NewDiscovery(net.HardwareAddr(guestMAC[:]))
 	require.NoError(t, err)
 	o := n.mustAnswer(broadcastFrame(d), dhcpv4.MessageTypeOffer)
 	assert.Equal(t, d.TransactionID, o.TransactionID)
 	assert.Equal(t, addr(guestIP), o.YourIPAddr.To4())
 	assert.Empty(t, n.s.Leases(), "an offer is no lease")
+	assert.Empty(t, leased)
 
 	r, err := dhcpv4.NewRequestFromOffer(o.DHCPv4)
 	require.NoError(t, err)
@@ -51,6 +55,7 @@ func TestExchange(t *testing.T) {
 	assert.Nil(t, n.ask(unicastFrame(release)))
 	assert.Empty(t, n.s.Leases())
 	assert.Equal(t, Stats{Discover: 1, Request: 2, Release: 1, Offer: 1, Ack: 2}, n.s.Stats())
+	assert.Equal(t, []frame.MAC{guestMAC, guestMAC}, leased, "for each ACK to a REQUEST")
 }
 
 // RFC 2131, section 4.3.2: what a REQUEST gets in each of the client's states.

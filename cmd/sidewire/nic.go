@@ -249,6 +249,7 @@ func (n *nic) dhcpConfig(o *options) dhcp.Config {
 		DNS: resolv.DNS4(net.Gateway), Search: resolv.SearchDomains(n.vm.Subdomain), Hostname: n.vm.Hostname,
 		MTU: n.pod.MTU(), NTPServers: n.iface.DHCP.NTPServers, TFTPServerName: n.iface.DHCP.TFTPServer,
 		BootFileName: n.iface.DHCP.BootFile, KubeVirtCompat: o.compat,
+		OnLease: func(m frame.MAC) { n.nat.LearnMAC(0, m) },
 	}
 	for _, p := range n.iface.DHCP.Private {
 		c.Private = append(c.Private, dhcp.PrivateOption{Code: p.Option, Value: p.Value})
