@@ -56,6 +56,8 @@ type PairStatus struct {
 	RxDirect   uint64            `json:"rxDirect"` // of RxFrames, received straight into the guest's buffers
 	Interrupts uint64            `json:"interrupts"`
 	Drops      map[string]uint64 `json:"drops,omitempty"`
+	// MemoryBytes is what the pair takes of our memory.
+	MemoryBytes int `json:"memoryBytes"`
 }
 
 // Status returns the state of the device.
@@ -85,7 +87,9 @@ func (d *Device) Status() Status {
 		}
 	}
 	for _, p := range d.pairs {
-		s.Pairs = append(s.Pairs, p.status())
+		ps := p.status()
+		ps.MemoryBytes = p.footprint()
+		s.Pairs = append(s.Pairs, ps)
 	}
 	return s
 }

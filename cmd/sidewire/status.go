@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"sort"
 	"strconv"
 	"strings"
@@ -25,6 +26,7 @@ type Status struct {
 	API        string               `json:"api"`
 	Path       string               `json:"path"` // way out of masquerade
 	Uptime     float64              `json:"uptime_seconds"`
+	Memory     uint64               `json:"memory_bytes"` // that sidewire owns, without the guests'
 	Workers    []engine.WorkerStats `json:"workers"`
 	Interfaces []InterfaceStatus    `json:"interfaces"`
 	Ports      []engine.PortStats   `json:"ports"`
@@ -40,6 +42,8 @@ type InterfaceStatus struct {
 	Pod        netip.Addr          `json:"pod"`
 	Guest      netip.Addr          `json:"guest"`
 	Gateway    netip.Addr          `json:"gateway"`
+	MAC        string              `json:"mac,omitempty"` // the guest's, as given or as seen
+	LinkState  string              `json:"linkState"`     // up while a frontend is connected: so the guest sees it
 	MTU        int                 `json:"mtu"`
 	QueueCount int                 `json:"queueCount"`
 	Socket     string              `json:"socket"`
@@ -53,20 +57,41 @@ type InterfaceStatus struct {
 
 // Status implements controller.
 func (s *server) Status() Status {
-	st := Status{API: apiVersion, Path: s.path, Uptime: time.Since(s.started).Seconds()}
+	st := Status{API: apiVersion, Path: s.path, Uptime: time.Since(s.started).Seconds(), Memory: ownMemory()}
 	if s.engine != nil {
 		st.Workers, st.Ports = s.engine.WorkerStats(), s.engine.PortStats()
 	}
 	for _, n := range s.interfaces() {
+		device, nat := n.device.Status(), n.nat.Stats()
 		st.Interfaces = append(st.Interfaces, InterfaceStatus{
 			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link, Links: n.links.Status(),
 			Pod: n.pod.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
+			MAC: nat.Guests[0].MAC, LinkState: linkState(device.State),
 			MTU: n.pod.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
-			Device: n.device.Status(), Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), DNS: n.dns.status(), NAT: n.nat.Stats(),
+			Device: device, Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), DNS: n.dns.status(), NAT: nat,
 			Forwards: n.forwards(),
 		})
 	}
 	return st
+}
+
+// linkState is what QEMU shows the guest: it takes the link down while there is
+// no backend.
+func linkState(st vhostuser.State) string {
+	if st == vhostuser.Disconnected {
+		return "down"
+	}
+	return "up"
+}
+
+// ownMemory is the anonymous memory of this process in bytes, 0 if the kernel
+// does not say. What guests share is not anonymous.
+func ownMemory() uint64 {
+	b, _ := os.ReadFile("/proc/self/status")
+	_, rest, _ := strings.Cut(string(b), "\nRssAnon:")
+	line, _, _ := strings.Cut(rest, "\n")
+	kib, _ := strconv.ParseUint(strings.TrimSuffix(strings.TrimSpace(line), " kB"), 10, 64)
+	return kib << 10
 }
 
 func (s *server) interfaces() []*nic {
@@ -179,10 +204,12 @@ func statusCommand(ctx context.Context, args []string, out, errw io.Writer) erro
 
 func printStatus(out io.Writer, st Status) error {
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	fmt.Fprintf(w, "path\t%s\nuptime\t%s\nworkers\t%d\n", st.Path, (time.Duration(st.Uptime) * time.Second).String(), len(st.Workers))
+	fmt.Fprintf(w, "path\t%s\nuptime\t%s\nworkers\t%d\nmemory\t%.1f MiB\n", st.Path,
+		(time.Duration(st.Uptime) * time.Second).String(), len(st.Workers), float64(st.Memory)/(1<<20))
 	for _, i := range st.Interfaces {
 		fmt.Fprintf(w, "\n%s\t%s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.QueueCount, i.MTU)
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
+		fmt.Fprintf(w, "  guest\t%s, link %s, %d KiB for each queue pair\n", orElse(i.MAC, "not seen yet"), i.LinkState, pairMemory(i.Device)>>10)
 		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
 		fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
 		for _, l := range i.Leases {
@@ -197,6 +224,21 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "%s\t%d frames, %d bytes\t%d frames, %d bytes\t%s\n", p.Name, p.InFrames, p.InBytes, p.OutFrames, p.OutBytes, dropList(p.Drops))
 	}
 	return w.Flush()
+}
+
+// pairMemory is what a queue pair takes of our memory, the largest of them.
+func pairMemory(d vhostuser.Status) (n int) {
+	for _, p := range d.Pairs {
+		n = max(n, p.MemoryBytes)
+	}
+	return n
+}
+
+func orElse(s, other string) string {
+	if s == "" {
+		return other
+	}
+	return s
 }
 
 func dropList(drops map[string]uint64) string {

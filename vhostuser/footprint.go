@@ -1,0 +1,36 @@
+package vhostuser
+
+import (
+	"reflect"
+
+	"sidewire/engine/frame"
+	"sidewire/vhostuser/virtq"
+)
+
+// Sizes of what a pair is made of.
+var (
+	pairSize    = int(reflect.TypeFor[Pair]().Size())
+	ringSize    = int(reflect.TypeFor[ring]().Size())
+	queueSize   = int(reflect.TypeFor[virtq.Queue]().Size())
+	segSize     = int(reflect.TypeFor[[]byte]().Size())
+	segmentSize = int(reflect.TypeFor[frame.Segmenter]().Size())
+)
+
+// footprint is the memory that a pair takes of ours, in bytes, without what a
+// migration adds. The device's mu is held.
+func (p *Pair) footprint() int {
+	n := pairSize + 2*ringSize
+	for _, r := range p.dev.rings[2*p.index:][:2] {
+		if r.q != nil {
+			n += queueSize
+		}
+	}
+	x := &p.rx
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	n += cap(x.segs) * segSize
+	if x.seg != nil {
+		n += segmentSize
+	}
+	return n
+}
