@@ -59,8 +59,9 @@ func isNull(n *yaml.Node) bool {
 }
 
 // object reads a mapping. A key that is not in f is a fault if strict, and otherwise only if it is nearly one of f
-// (the rest of a VMI has many fields that are none of our business). Null values count as absent.
-func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) {
+// (the rest of a VMI has many fields that are none of our business). Null values count as absent. It returns what the
+// keys that it found fault with were probably meant to be.
+func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) (meant []string) {
 	for _, p := range d.pairs(n, path) {
 		sub := p.key
 		if path != "" {
@@ -82,12 +83,14 @@ func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) {
 		switch {
 		case near != "" && (strict || closeTo(p.key, near)):
 			d.fault(at, sub, "unknown field %q, did you mean %q?", p.key, near)
+			meant = append(meant, near)
 		case strict && len(f) == 0:
 			d.fault(at, sub, "unknown field %q, nothing goes in here: write {}", p.key)
 		case strict:
 			d.fault(at, sub, "unknown field %q, known here are %s", p.key, strings.Join(sortedKeys(f), ", "))
 		}
 	}
+	return meant
 }
 
 // pairs lists a mapping's keys and values in file order, merge keys (<<) included where nothing overrides them.

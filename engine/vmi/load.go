@@ -209,15 +209,17 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 	return nil
 }
 
-func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, annotations map[string]string) {
+// metadata reads a name and a namespace, and shows each annotation to annotation.
+func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, annotation func(key string, n *yaml.Node, path string)) {
 	d.object(n, path, false, fields{
 		"name":      func(n *yaml.Node, p string) { *name = d.text(n, p) },
 		"namespace": func(n *yaml.Node, p string) { *namespace = d.text(n, p) },
 		"annotations": func(n *yaml.Node, p string) {
 			for _, a := range d.pairs(n, p) {
-				if annotations != nil && len(annotations) < maxList {
-					annotations[a.key] = d.text(a.val, p+"."+a.key)
+				if d.vmi != nil {
+					d.vmi.lines[p+"."+a.key] = a.line
 				}
+				annotation(a.key, a.val, p+"."+a.key)
 			}
 		},
 	})
@@ -227,6 +229,7 @@ func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, a
 func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 	v := VMI{Kind: kind, File: d.file, Line: root.Line, Path: "spec", lines: map[string]int{}}
 	d.vmi = &v
+	istio := "" // of the document itself
 	first := len(d.faults)
 	read := func(n *yaml.Node, p string) {
 		d.spec(n, p, &v.Spec, fields{})
@@ -235,10 +238,13 @@ func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 		read = func(n *yaml.Node, p string) { d.spec(n, p, &v.Spec, d.template(&v)) }
 	}
 	d.object(root, "", false, fields{
-		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, nil) },
+		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, d.istio(&istio)) },
 		"spec":     read,
 	})
 	v.named = v.Name != ""
+	if v.Path == "spec" {
+		v.istio = istio
+	}
 	d.vmi = nil
 	// The name may come after the faults.
 	for i := first; i < len(d.faults); i++ {
@@ -247,14 +253,28 @@ func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 	docs.VMIs = append(docs.VMIs, v)
 }
 
-// template reads spec.template.spec, which takes the place of what stands beside it.
+// template reads spec.template.spec, which takes the place of what stands beside it. Its annotations are the VMI's.
 func (d *decoder) template(v *VMI) fields {
 	return fields{"template": func(n *yaml.Node, p string) {
-		d.object(n, p, false, fields{"spec": func(n *yaml.Node, p string) {
-			v.Path, v.Spec = p, Spec{}
-			d.spec(n, p, &v.Spec, fields{})
-		}})
+		var name, namespace string
+		d.object(n, p, false, fields{
+			"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &name, &namespace, d.istio(&v.istio)) },
+			"spec": func(n *yaml.Node, p string) {
+				v.Path, v.Spec = p, Spec{}
+				d.spec(n, p, &v.Spec, fields{})
+			},
+		})
 	}}
+}
+
+// istio notes in at the path of the annotation that asks for Istio's proxy beside the guest. Of the other annotations
+// none concerns us.
+func (d *decoder) istio(at *string) func(key string, n *yaml.Node, path string) {
+	return func(key string, n *yaml.Node, path string) {
+		if key == "sidecar.istio.io/inject" && strings.EqualFold(d.text(n, path), "true") {
+			*at = path
+		}
+	}
 }
 
 func (d *decoder) cluster(docs *Docs, root *yaml.Node) {

@@ -21,7 +21,13 @@ type NAD struct {
 func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	nad := NAD{File: d.file, Annotations: map[string]string{}}
 	d.object(root, "", false, fields{
-		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &nad.Name, &nad.Namespace, nad.Annotations) },
+		"metadata": func(n *yaml.Node, p string) {
+			d.metadata(n, p, &nad.Name, &nad.Namespace, func(key string, n *yaml.Node, p string) {
+				if len(nad.Annotations) < maxList {
+					nad.Annotations[key] = d.text(n, p)
+				}
+			})
+		},
 		"spec": func(n *yaml.Node, p string) {
 			d.object(n, p, false, fields{"config": func(n *yaml.Node, p string) { d.cniConfig(n, p, &nad) }})
 		},

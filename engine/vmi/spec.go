@@ -2,6 +2,7 @@ package vmi
 
 import (
 	"maps"
+	"slices"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -88,7 +89,8 @@ func (d *decoder) interfaceSpec(n *yaml.Node, path string) (i InterfaceSpec) {
 			i.Bindings = append(i.Bindings, b)
 		}
 	}
-	d.object(n, path, true, fields{
+	bindings := []Binding{Bridge, Slirp, SRIOV, Macvtap, Passt, PasstCore, Masquerade, PluginBound}
+	meant := d.object(n, path, true, fields{
 		"name":             func(n *yaml.Node, p string) { i.Name = d.text(n, p) },
 		"model":            func(n *yaml.Node, p string) { i.Model = d.text(n, p) },
 		string(Bridge):     empty(Bridge),
@@ -116,6 +118,7 @@ func (d *decoder) interfaceSpec(n *yaml.Node, path string) (i InterfaceSpec) {
 		"acpiIndex":   func(n *yaml.Node, p string) { i.ACPIIndex = d.numberPtr(n, p) },
 		"state":       func(n *yaml.Node, p string) { i.State = d.text(n, p) },
 	})
+	i.misspelt = slices.ContainsFunc(meant, func(s string) bool { return slices.Contains(bindings, Binding(s)) })
 	return i
 }
 

@@ -14,6 +14,9 @@ func Unsupported(docs Docs) []Fault {
 		if v.attachesDefault() {
 			say(v.interfacesPath(), "a VMI without interfaces gets a bridge on the pod network; list an interface with masquerade: {} and its network with pod: {}")
 		}
+		if v.istio != "" && len(faults) < maxFaults {
+			faults = append(faults, v.fault(Warning, v.istio, "%s", v.istioMissing()))
+		}
 		for j := range v.Spec.Interfaces {
 			unsupportedInterface(&v.Spec.Interfaces[j], v.interfacePath(j), say)
 		}
@@ -58,4 +61,17 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 func (v *VMI) attachesDefault() bool {
 	s := &v.Spec
 	return len(s.Interfaces) == 0 && len(s.Networks) == 0 && (s.AutoattachPod == nil || *s.AutoattachPod)
+}
+
+// istioMissing says what is not done for a VMI that is to be in an Istio mesh. KubeVirt gives such a guest nothing but
+// port 22 directly: the rest goes through the proxy, whose own ports stay with the pod.
+func (v *VMI) istioMissing() string {
+	text := "not supported yet: the guest's traffic does not pass Istio's proxy, in neither direction"
+	for i := range v.Spec.Interfaces {
+		if f := &v.Spec.Interfaces[i]; f.has(Masquerade) && len(f.Ports) == 0 {
+			return text + "; as no ports are listed, the guest also takes those of the proxy (15000, 15001, 15004, 15006, " +
+				"15008, 15009, 15020, 15021, 15053, 15090), from outside and on 127.0.0.1: list the guest's ports"
+		}
+	}
+	return text
 }

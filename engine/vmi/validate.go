@@ -219,7 +219,7 @@ func (c *checker) states() {
 func (c *checker) binding(i int) {
 	f := &c.Spec.Interfaces[i]
 	at := c.interfacePath(i)
-	if len(f.Bindings) != 1 {
+	if len(f.Bindings) != 1 && !(len(f.Bindings) == 0 && f.misspelt) {
 		c.fail(at, "logical %s interface must have exactly one binding method or binding plugin", f.Name)
 	}
 	n := c.networks[f.Name]

@@ -270,6 +270,66 @@ func TestUnknownFields(t *testing.T) {
 	}
 }
 
+// A binding whose name is misspelt is one fault, not also a missing binding.
+func TestMisspeltBinding(t *testing.T) {
+	for key, want := range map[string][]string{
+		"masqurade": {i0 + `.masqurade: unknown field "masqurade", did you mean "masquerade"?`},
+		"macvTap":   {i0 + `.macvTap: unknown field "macvTap", did you mean "macvtap"?`},
+		"ethernet": {
+			i0 + `.ethernet: unknown field "ethernet", known here are acpiIndex, binding, bootOrder, bridge, dhcpOptions, macAddress, macvtap, masquerade, model, name, passt, passtBinding, pciAddress, portRanges, ports, slirp, sriov, state, tag`,
+			i0 + ": logical a interface must have exactly one binding method or binding plugin",
+		},
+		"modell": {
+			i0 + `.modell: unknown field "modell", did you mean "model"?`,
+			i0 + ": logical a interface must have exactly one binding method or binding plugin",
+		},
+	} {
+		docs, err := Parse("v.yaml", []byte(spec("name: a\n"+key+": {}", "")))
+		require.NoError(t, err)
+		assert.Equal(t, want, lines(append(Validate(docs, Options{}), Unsupported(docs)...)))
+	}
+	docs, err := Parse("v.yaml", []byte(spec("name: a\nmasqurade: {}\nbridge: {}\nslirp: {}", "")))
+	require.NoError(t, err)
+	assert.Len(t, Validate(docs, Options{}), 2, "two bindings are one too many all the same")
+}
+
+// A VMI that asks for Istio's proxy is served, and told what it does not get.
+func TestIstio(t *testing.T) {
+	const text = "warning metadata.annotations.sidecar.istio.io/inject: not supported yet: the guest's traffic does not pass Istio's proxy, in neither direction"
+	const more = "; as no ports are listed, the guest also takes those of the proxy (15000, 15001, 15004, 15006, " +
+		"15008, 15009, 15020, 15021, 15053, 15090), from outside and on 127.0.0.1: list the guest's ports"
+	with := func(annotation, iface string) string {
+		return strings.Replace(spec(iface, ""), "{name: v}", "{name: v, annotations: {"+annotation+"}}", 1)
+	}
+	for _, c := range []struct {
+		yaml string
+		want []string
+	}{
+		{with(`sidecar.istio.io/inject: "true"`, ""), []string{text + more}},
+		{with(`sidecar.istio.io/inject: "True", other: 1`, masqA+"\nports: [{port: 80}]"), []string{text}},
+		{with(`sidecar.istio.io/inject: "false"`, ""), []string{}},
+		{with(`other: true`, ""), []string{}},
+		{"kind: VirtualMachine\nmetadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}\n" +
+			"spec: {template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}, networks: [{name: a, pod: {}}]}}}", []string{}},
+		{"kind: VM\nspec: {domain: {devices: {interfaces: [{name: a, masquerade: {}, ports: [{port: 22}]}]}}, networks: [{name: a, pod: {}}]}\n" +
+			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{text}},
+		{"kind: VirtualMachine\nspec: {template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}, networks: [{name: a, pod: {}}]}}}\n" +
+			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{}},
+		{"kind: VirtualMachine\nmetadata: {name: v}\nspec: {template: {metadata: {annotations: {sidecar.istio.io/inject: 'true'}}, " +
+			"spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}, ports: [{port: 22}]}]}}, networks: [{name: a, pod: {}}]}}}",
+			[]string{strings.Replace(text, "metadata", "spec.template.metadata", 1)}},
+	} {
+		docs, err := Parse("v.yaml", []byte(c.yaml))
+		require.NoError(t, err)
+		assert.Empty(t, Validate(docs, Options{}), c.yaml)
+		assert.Equal(t, c.want, lines(Unsupported(docs)), c.yaml)
+	}
+	docs, err := Parse("v.yaml", []byte(with("sidecar.istio.io/inject: true", "")))
+	require.NoError(t, err)
+	assert.Equal(t, []string{`metadata.annotations.sidecar.istio.io/inject: must be a text, found the boolean true; put it in quotes`},
+		lines(Validate(docs, Options{})))
+}
+
 func TestUnknownFieldsElsewhere(t *testing.T) {
 	docs, err := Parse("v.yaml", []byte("kind: VM\nspec:\n  volumes: []\n  domain: {machine: {}, devices: {rng: {}, interface: []}}\n  network: []\n"))
 	require.NoError(t, err)

@@ -104,6 +104,7 @@ type VMI struct {
 	Spec      Spec
 
 	named bool           // the name is metadata.name
+	istio string         // path of the annotation that asks for Istio's proxy, empty if none does
 	lines map[string]int // field path to line
 }
 
@@ -165,6 +166,8 @@ type InterfaceSpec struct {
 	Tag        string
 	ACPIIndex  *int64
 	State      string
+
+	misspelt bool // a binding's name was, which has been said
 }
 
 // has says whether the interface names the binding b.
