@@ -65,11 +65,15 @@ func demoCommand(ctx context.Context, args []string, out, errw io.Writer) error 
 			return cannot("the demo needs %s: %w", need, err)
 		}
 	}
+	init, err := guestProgram(kind)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, demoTimeout)
 	defer cancel()
-	d := &demo{ctx: ctx, out: out, began: time.Now()}
+	d := &demo{ctx: ctx, out: out, init: init, began: time.Now()}
 	defer d.close()
-	err := d.run(kind)
+	err = d.run(kind)
 	if err != nil && d.log != nil {
 		fmt.Fprintf(errw, "sidewire's log:\n%s", d.log)
 	}
@@ -104,6 +108,7 @@ func demoInUserNS(ctx context.Context, args []string, out, errw io.Writer) error
 type demo struct {
 	ctx     context.Context
 	out     io.Writer
+	init    string // the guest's program
 	began   time.Time
 	dir     string
 	world   *enginetest.World

@@ -19,27 +19,27 @@ import (
 // startGuest boots the guest in QEMU, or where that cannot be had joins one
 // without a hypervisor.
 func (d *demo) startGuest(kind string) error {
-	init, err := guestProgram()
-	if err != nil {
-		return err
-	}
-	missing := errors.Join(enginetest.Have("qemu"), enginetest.Have("kernel"))
+	missing := noQEMU()
 	switch {
 	case kind == "tap":
 	case missing == nil:
-		return d.startQEMU(init)
+		return d.startQEMU(d.init)
 	case kind == "qemu":
 		return cannot("no guest for QEMU: %s", oneLine(missing))
 	default:
 		fmt.Fprintf(d.out, "no guest for QEMU (%s): a network namespace joined to the virtqueues is the guest\n", oneLine(missing))
 	}
-	return d.startTap(init)
+	return d.startTap(d.init)
 }
 
 func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }
 
-// guestProgram is the guest's init, which is built beside this program.
-func guestProgram() (string, error) {
+// noQEMU says what QEMU lacks to boot a guest.
+func noQEMU() error { return errors.Join(enginetest.Have("qemu"), enginetest.Have("kernel")) }
+
+// guestProgram is the guest's init, which is built beside this program. QEMU's
+// guest has no libraries.
+func guestProgram(kind string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", cannot("%w", err)
@@ -47,6 +47,11 @@ func guestProgram() (string, error) {
 	p := filepath.Join(filepath.Dir(self), "sidewire-guest")
 	if _, err := os.Stat(p); err != nil {
 		return "", cannot("%s is missing: make build puts it beside sidewire", p)
+	}
+	if kind == "qemu" || kind != "tap" && noQEMU() == nil {
+		if err := enginetest.CheckStatic(p); err != nil {
+			return "", cannot("%w", err)
+		}
 	}
 	return p, nil
 }

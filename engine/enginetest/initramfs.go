@@ -28,7 +28,7 @@ var nicModules = []string{"e1000", "e1000e", "8139cp", "pcnet32", "ne2k-pci"}
 // init. It carries the kernel modules of a guest, from the directory modules
 // (/lib/modules/VERSION), as /modules/NN-NAME.ko in the order to load them.
 func BuildInitramfs(w io.Writer, init, modules string) error {
-	if err := checkStatic(init); err != nil {
+	if err := CheckStatic(init); err != nil {
 		return err
 	}
 	files, err := moduleOrder(modules)
@@ -57,17 +57,17 @@ func BuildInitramfs(w io.Writer, init, modules string) error {
 	return c.close()
 }
 
-// checkStatic refuses a program that needs an interpreter: the initramfs has
+// CheckStatic refuses a program that needs an interpreter: the initramfs has
 // no libraries.
-func checkStatic(program string) error {
+func CheckStatic(program string) error {
 	f, err := elf.Open(program)
 	if err != nil {
-		return fmt.Errorf("initramfs: %s: %w", program, err)
+		return fmt.Errorf("guest's init: %s: %w", program, err)
 	}
 	defer f.Close()
 	for _, p := range f.Progs {
 		if p.Type == elf.PT_INTERP {
-			return fmt.Errorf("initramfs: %s is dynamically linked: build it with CGO_ENABLED=0", program)
+			return fmt.Errorf("guest's init: %s is dynamically linked: build it with CGO_ENABLED=0", program)
 		}
 	}
 	return nil
