@@ -35,6 +35,7 @@ func runProbes(t *testing.T, probes []probe) {
 			if s = build(t, ports...); s.kind != "" {
 				kind = s.kind
 			}
+			s.settle()
 			for _, p := range probes {
 				want := p.all
 				if len(ports) > 0 && p.listed != "" {

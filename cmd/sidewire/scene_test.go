@@ -71,6 +71,29 @@ func (s *scene) plug() {
 	s.configureGuest()
 }
 
+// settle waits until sidewire knows its next hop. Until then frames leave
+// through a raw socket of the pod, whose kernel counts the guest's ICMP errors
+// among its own.
+func (s *scene) settle() {
+	s.t.Helper()
+	if s.proc == nil {
+		return
+	}
+	viaKernel := func() uint64 {
+		for _, p := range s.proc.status().Ports {
+			if strings.HasSuffix(p.Name, " kernel") {
+				return p.OutFrames
+			}
+		}
+		s.t.Fatal("there is no such port")
+		return 0
+	}
+	require.True(s.t, enginetest.Wait(soon, func() bool {
+		before := viaKernel()
+		return s.udp(s.guest, enginetest.OutsideIP+":9001") != "timeout" && viaKernel() == before
+	}))
+}
+
 // kernelScene is a scene that is KubeVirt's own: bridge, forwarding and NAT
 // rules, and what QEMU with vhost-net does between the two taps.
 func kernelScene(t *testing.T, ports ...string) *scene {
