@@ -3,6 +3,7 @@ package uplink
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 
 	"github.com/vishvananda/netlink"
@@ -11,8 +12,9 @@ import (
 	"sidewire/engine/frame"
 )
 
-// neighbour is one address on the link, and the hops that lead there. Whether
-// it is known follows the kernel's notices also while no hop does.
+// neighbour is one address on the link, and the hops that lead there. It
+// follows the kernel's notices also while no hop does, so that the first frame
+// finds it known if the kernel does.
 type neighbour struct {
 	mac   frame.MAC
 	known bool
@@ -128,14 +130,21 @@ func (r *Router) neighbour(k *netlink.Neigh, there bool) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	n := r.neighs[ip]
-	if n == nil || r.noARP {
+	if r.noARP {
 		return
 	}
-	n.news++
 	if !there {
 		k.State = netlink.NUD_NONE
 	}
+	n := r.neighs[ip]
+	if n == nil {
+		if !usable(k.State) || len(r.neighs) >= neighMax {
+			return
+		}
+		n = &neighbour{}
+		r.neighs[ip] = n
+	}
+	n.news++
 	n.learn(k)
 	switch {
 	case !n.known && len(n.hops) == 0:
@@ -145,6 +154,18 @@ func (r *Router) neighbour(k *netlink.Neigh, there bool) {
 	case n.stale:
 		n.retire()
 	}
+}
+
+// loadNeighbours takes in what the kernel knows of all of them.
+func (r *Router) loadNeighbours() error {
+	ks, err := r.h.NeighList(r.index, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("neighbours: %w", err)
+	}
+	for i := range ks {
+		r.neighbour(&ks[i], true)
+	}
+	return nil
 }
 
 // want has the prober tell the kernel that a neighbour is in use.

@@ -136,7 +136,7 @@ func openRouter(linkName string) (r *Router, err error) {
 	if err := errors.Join(r.routes.open(), r.probe.open()); err != nil {
 		return r, err
 	}
-	return r, errors.Join(r.loadLink(), r.loadAddrs())
+	return r, errors.Join(r.loadLink(), r.loadAddrs(), r.loadNeighbours())
 }
 
 // Close ends the subscription. Hops stay as they are.

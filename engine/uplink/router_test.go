@@ -2,11 +2,14 @@ package uplink
 
 import (
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
@@ -276,14 +279,14 @@ func TestNoRouteIsRemembered(t *testing.T) {
 // route leaves them to the prober: not one neighbour is touched before it runs.
 func TestRouteDoesNotProbe(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	output(t, w.Pod, "ip", "neigh", "flush", "all")
+	neigh := func() string { return output(t, w.Pod, "ip", "neigh", "show", "dev", "eth0") }
 	var r *Router
 	enginetest.Must(t, w.Pod.Do(func() (err error) {
 		r, err = openRouter("eth0")
 		return err
 	}))
 	defer r.closeSockets()
-	neigh := func() string { return output(t, w.Pod, "ip", "neigh", "show", "dev", "eth0") }
-	output(t, w.Pod, "ip", "neigh", "flush", "all")
 	h := r.Route(u32("198.51.100.1"))
 	_, known := h.Addr()
 	require.False(t, known)
@@ -305,6 +308,43 @@ func TestRouteDoesNotProbe(t *testing.T) {
 	r.probeWanted()
 	m, _ := h.Addr()
 	require.Equal(t, frame.MAC{2, 0, 0, 0, 0, 0x99}, m)
+}
+
+// A neighbour that the kernel knows is known to the first frame: from before,
+// and since. Those that nobody sends to are bounded too.
+func TestKnownNeighbours(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	learn := func(ip string) {
+		output(t, w.Pod, "ip", "neigh", "replace", ip, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "reachable")
+	}
+	known := func(r *Router, ip string) bool {
+		m, _ := r.Route(u32(ip)).Addr()
+		return m == frame.MAC{2, 0, 0, 0, 0, 0x99}
+	}
+	learn("10.244.1.7")
+	r := newRouter(t, w.Pod)
+	require.True(t, known(r, "10.244.1.7"))
+	learn("10.244.1.8")
+	require.Eventually(t, func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.neighs[u32("10.244.1.8")] != nil
+	}, deadline, time.Millisecond)
+	require.True(t, known(r, "10.244.1.8"))
+	r.reload()
+	require.True(t, known(r, "10.244.1.7"))
+	enginetest.Must(t, w.Pod.SetMTU("eth0", 1300))
+	require.Eventually(t, func() bool { return r.Route(u32("10.244.1.7")).MTU == 1300 }, deadline, time.Millisecond)
+	require.True(t, known(r, "10.244.1.7"), "the MTU is nothing to the neighbour")
+
+	for i := range uint32(2 * neighMax) {
+		ip := net.IP(binary.BigEndian.AppendUint32(nil, u32("100.64.0.1")+i))
+		r.neighbour(&netlink.Neigh{LinkIndex: r.index, Family: unix.AF_INET, IP: ip, State: netlink.NUD_REACHABLE,
+			HardwareAddr: net.HardwareAddr{2, 0, 0, 0, 0, 1}}, true)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	require.Len(t, r.neighs, neighMax)
 }
 
 // Two routes by one next hop may have MTUs of their own; the neighbour is one.

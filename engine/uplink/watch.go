@@ -60,8 +60,9 @@ func (r *Router) reload() {
 	_ = r.loadAddrs()
 	_ = r.loadLink()
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.forget()
+	r.mu.Unlock()
+	_ = r.loadNeighbours() // who is not known is asked for
 }
 
 // retire makes all flows ask for their routes again.
@@ -97,8 +98,12 @@ func (r *Router) loadLink() error {
 	if mac == r.mac && mtu == r.mtu && up == r.up && noARP == r.noARP {
 		return nil
 	}
+	if noARP != r.noARP {
+		r.forget() // what was known was not asked for, or will not be
+	}
+	// Neighbours that the change costs are told one by one.
 	r.mac, r.mtu, r.up, r.noARP = mac, mtu, up, noARP
-	r.forget()
+	r.retireLocked()
 	return nil
 }
 
