@@ -63,7 +63,6 @@ func TestDeletedLinks(t *testing.T) {
 	for _, link := range []string{"sw-eth0", "swin-eth0", "eth0"} {
 		t.Run(link, func(t *testing.T) {
 			s := newScene(t, "sidewire")
-			require.NoError(t, s.Pod.Sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")) // it changes by itself
 			before := footprint(t, s.Pod)
 			s.proc = startSidewire(t, s.World, spec("vm", 1))
 			s.plug()

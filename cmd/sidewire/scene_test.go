@@ -168,6 +168,9 @@ func newScene(t *testing.T, kind string) *scene {
 		s.Outside.SetMTU("veth1", farMTU), s.far.SetMTU("eth0", farMTU),
 		s.far.Route("default", hopIP),
 		s.Outside.Sysctl("net/ipv4/ip_forward", "1"))
+	// Pod and outside know each other: a frame that asks the kernel to find its
+	// neighbour is counted there, in what refusals reads.
+	enginetest.Must(t, s.Pod.Run("ping", "-c", "1", "-W", "5", "10.244.1.1"))
 	return s
 }
 

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -268,6 +269,41 @@ func (ns *NetNS) Counter(link, name string) (n uint64, err error) {
 		return nil
 	})
 	return n, err
+}
+
+const acceptDAD = "net/ipv6/conf/default/accept_dad"
+
+// withoutDAD lets links to come have their IPv6 addresses at once, so that a
+// test finds the namespace as it left it.
+func (ns *NetNS) withoutDAD() error {
+	if _, err := os.Stat("/proc/sys/" + acceptDAD); err != nil {
+		return nil // a kernel without IPv6
+	}
+	return ns.Sysctl(acceptDAD, "0")
+}
+
+// settle waits until a link that was set up has its own IPv6 address, if
+// there is IPv6.
+func (ns *NetNS) settle(link string) error {
+	off := true
+	err := ns.Do(func() error {
+		b, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + link + "/disable_ipv6")
+		off = err != nil || strings.TrimSpace(string(b)) != "0"
+		return nil
+	})
+	if err != nil || off {
+		return err
+	}
+	return ns.withLink(link, func(l netlink.Link) (err error) {
+		var addrs []netlink.Addr
+		if !Wait(5*time.Second, func() bool {
+			addrs, err = netlink.AddrList(l, netlink.FAMILY_V6)
+			return err != nil || len(addrs) > 0
+		}) {
+			return fmt.Errorf("link %s gets no IPv6 address", link)
+		}
+		return err
+	})
 }
 
 // CreateVeth joins two namespaces by a veth pair, both ends up.

@@ -81,6 +81,9 @@ func CreateWorld(o WorldOptions) (w *World, err error) {
 		return w, err
 	}
 	w.closers = append(w.closers, w.Outside.Close)
+	if err = errors.Join(w.Pod.withoutDAD(), w.Outside.withoutDAD()); err != nil {
+		return w, err
+	}
 	if w.dir, err = os.MkdirTemp("", "sidewire-world-"); err != nil {
 		return w, err
 	}
@@ -96,7 +99,7 @@ func CreateWorld(o WorldOptions) (w *World, err error) {
 	err = errors.Join(
 		w.Pod.SetMTU("eth0", o.MTU), w.Outside.SetMTU("veth0", o.MTU),
 		w.Pod.Addr("eth0", PodIP+"/24"), w.Outside.Addr("veth0", OutsideIP+"/24"),
-		w.Pod.Route("default", OutsideIP))
+		w.Pod.Route("default", OutsideIP), w.Pod.settle("eth0"), w.Outside.settle("veth0"))
 	if err != nil {
 		return w, err
 	}
