@@ -243,6 +243,7 @@ spec:
 				return r.Return
 			}
 		}
+		_ = cmd.Wait()
 		require.Fail(t, "QEMU went away", "%s", stderr.String())
 		return nil
 	}
@@ -260,5 +261,7 @@ spec:
 	assert.Contains(t, got["nic-any"], "00:", "a NIC without an address is on the root bus")
 	delete(got, "nic-any")
 	assert.Equal(t, want, got)
+	cancel()
+	_ = cmd.Wait() // stderr is complete only then
 	assert.Empty(t, stderr.String())
 }
