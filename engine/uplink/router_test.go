@@ -27,6 +27,13 @@ func newRouter(t *testing.T, ns *enginetest.NetNS) (r *Router) {
 	return r
 }
 
+// held is how many destinations and neighbours a router remembers.
+func (r *Router) held() (dsts, neighs int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.dsts), len(r.neighs)
+}
+
 // resolved waits until the hop's address is known.
 func resolved(t *testing.T, h *frame.Hop) frame.MAC {
 	t.Helper()
@@ -217,8 +224,9 @@ func TestRouteIsBounded(t *testing.T) {
 	for i := range uint32(3 * routeMax) {
 		require.NotNil(t, r.Route(u32("100.64.0.0")+i))
 	}
-	require.LessOrEqual(t, len(r.dsts), routeMax)
-	require.Len(t, r.neighs, 1)
+	dsts, neighs := r.held()
+	require.LessOrEqual(t, dsts, routeMax)
+	require.Equal(t, 1, neighs)
 	known := r.Route(u32("100.64.0.0"))
 	resolved(t, known)
 	enginetest.Must(t, w.Pod.Addr("eth0", "172.16.0.1/16"))
@@ -232,7 +240,8 @@ func TestRouteIsBounded(t *testing.T) {
 		}
 		return !known.Retired()
 	}, deadline, time.Millisecond, "what is known stays")
-	require.LessOrEqual(t, len(r.neighs), neighMax)
+	_, neighs = r.held()
+	require.LessOrEqual(t, neighs, neighMax)
 }
 
 // What cannot be reached costs one question too, until routes change.
@@ -254,7 +263,8 @@ func TestNoRouteIsRemembered(t *testing.T) {
 		require.Nil(t, r.Route(u32("203.0.113.0")+i%256))
 		require.Nil(t, r.Route(u32("127.0.0.0")+i))
 	}
-	require.LessOrEqual(t, len(r.dsts), routeMax)
+	dsts, _ := r.held()
+	require.LessOrEqual(t, dsts, routeMax)
 	output(t, w.Pod, "ip", "route", "add", "203.0.113.1", "via", enginetest.OutsideIP)
 	settled(t, r, dst)
 
@@ -358,7 +368,8 @@ func TestHopsByMTU(t *testing.T) {
 	require.Equal(t, 1400, b.MTU)
 	require.Same(t, a, r.Route(wide), "the other route changes nothing")
 	require.Same(t, b, r.Route(narrow))
-	require.Len(t, r.neighs, 1)
+	_, neighs := r.held()
+	require.Equal(t, 1, neighs)
 
 	output(t, w.Pod, "ip", "neigh", "replace", enginetest.OutsideIP, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "permanent")
 	for _, h := range []*frame.Hop{a, b} {
