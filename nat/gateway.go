@@ -54,6 +54,7 @@ func (o *Outbound) arp(b *frame.Batch, f *frame.Frame, src uint64) {
 	}
 	// Among these are probes for the guest's own address (RFC 5227), which the
 	// kernel leaves unanswered as it must.
+	o.g.Alias.arpToPod(h, o.g)
 	f.Out = o.g.LocalTap
 }
 
@@ -110,7 +111,7 @@ type Local struct {
 // sends: the pod's kernel, as the gateway.
 func (m *Masquerade) Local(guest int) *Local { return &Local{m, m.guests[guest]} }
 
-// Process passes frames for the guest on to it, unchanged.
+// Process passes frames for the guest on to it, unchanged but for an alias.
 func (l *Local) Process(b *frame.Batch) {
 	for i, n := 0, b.Len(); i < n; i++ {
 		f := b.Frame(i)
@@ -136,8 +137,12 @@ func (l *Local) frame(f *frame.Frame) {
 		return
 	}
 	f.Queue = 0
-	if f.EtherType() == frame.TypeIPv4 && f.ParseIPv4() == frame.ReasonNone {
+	switch {
+	case f.EtherType() == frame.TypeIPv4 && f.ParseIPv4() == frame.ReasonNone:
 		f.Queue = uint16(l.g.localQueue[localSlot(f)].Load())
+		l.g.Alias.toGuest(f, l.g)
+	case f.EtherType() == frame.TypeARP && int(f.HeadLen) >= arpEnd:
+		l.g.Alias.arpToGuest(f.Head[:arpEnd], l.g)
 	}
 	f.Out = l.g.Port
 }

@@ -93,8 +93,9 @@ func mask(bits int) uint32 {
 // Guest is one private side.
 type Guest struct {
 	Port        frame.PortID // the guest's NIC
-	LocalTap    frame.PortID // the tap that owns Gateway in the pod; 0 if there is none
+	LocalTap    frame.PortID // the tap that owns Gateway, or its alias, in the pod; 0 if there is none
 	IP, Gateway uint32
+	Alias       Alias     // what they are to the pod, if not that
 	Prefix      int       // of the guest's network
 	MAC         frame.MAC // zero until it is learned
 	MTU         int       // largest IP packet that the guest takes; 0 is no limit
@@ -318,6 +319,9 @@ func (c *Config) check() error {
 		}
 		if g.Prefix < 1 || g.Prefix > 32 || (g.IP^g.Gateway)&mask(g.Prefix) != 0 {
 			return fmt.Errorf("guest %d: the gateway is not in the guest's network", i)
+		}
+		if (g.Alias.Guest == 0) != (g.Alias.Gateway == 0) {
+			return fmt.Errorf("guest %d: an alias is two addresses", i)
 		}
 		if len(g.Ports) == 0 {
 			all++

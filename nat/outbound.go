@@ -108,12 +108,13 @@ func (o *Outbound) frame(b *frame.Batch, f *frame.Frame, r *run, ext uint32) {
 	o.ip(b, f, r, ext)
 }
 
-// local gives a frame to the pod's kernel, as it is.
+// local gives a frame to the pod's kernel, as it is but for an alias.
 func (o *Outbound) local(f *frame.Frame) {
 	if o.g.LocalTap == frame.Drop {
 		f.Drop(frame.NotCarried)
 		return
 	}
+	o.g.Alias.toPod(f, o.g)
 	o.g.rememberQueue(f)
 	f.Out = o.g.LocalTap
 }

@@ -192,9 +192,15 @@ type vm struct {
 // startVM joins a guest to sidewire and lets dhclient configure it.
 func startVM(t *testing.T, p *process, o vhosttest.Options) *vm {
 	t.Helper()
+	o.Path, o.MAC = p.socket(), guestMAC
+	return joinVM(t, o)
+}
+
+// joinVM is startVM for any socket.
+func joinVM(t *testing.T, o vhosttest.Options) *vm {
+	t.Helper()
 	enginetest.Need(t, "dhclient", "tun")
 	v := &vm{t: t, ns: enginetest.NewNetNS(t), dir: t.TempDir()}
-	o.Path, o.MAC = p.socket(), guestMAC
 	var err error
 	v.tap, err = vhosttest.StartTapGuest(vhosttest.TapOptions{Options: o, NetNS: v.ns.Path})
 	require.NoError(t, err)

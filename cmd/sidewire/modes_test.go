@@ -54,14 +54,7 @@ func TestTwoNamespaces(t *testing.T) {
 	// The first one's file gets its namespace by --netns, the second its own.
 	p := startSidewire(t, w[0], spec("vm", 1), "-f", second+"@"+w[1].Pod.Path)
 	a := startVM(t, p, vhosttest.Options{})
-	ns := enginetest.NewNetNS(t)
-	tap, err := vhosttest.StartTapGuest(vhosttest.TapOptions{
-		Options: vhosttest.Options{Path: filepath.Join(p.dir, "other", "red.sock")}, NetNS: ns.Path})
-	require.NoError(t, err)
-	t.Cleanup(func() { tap.Close() })
-	b := &vm{t: t, ns: ns, tap: tap, dir: t.TempDir()}
-	b.dhclient("-1")
-	t.Cleanup(func() { b.dhclient("-x") })
+	b := joinVM(t, vhosttest.Options{Path: filepath.Join(p.dir, "other", "red.sock")})
 	for i, v := range []*vm{a, b} {
 		before, err := w[i].Outside.Counter("veth0", "rx_packets")
 		require.NoError(t, err)
@@ -71,6 +64,84 @@ func TestTwoNamespaces(t *testing.T) {
 		assert.Greater(t, after, before+3, "the guest's own outside was called")
 	}
 	assert.Len(t, p.status().Interfaces, 2)
+}
+
+// Two VMIs share the address of one namespace: one has the ports that it
+// lists, the other all else. Their own networks may be the same.
+func TestTwoGuestsBehindOneAddress(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "curl", "ping")
+	for cidr, second := range map[string]struct{ guest, gateway, toPod string }{
+		"10.0.3.0/24": {"10.0.3.2", "10.0.3.1", "10.0.3.2"},
+		"10.0.2.0/24": {"10.0.2.2", "10.0.2.1", "169.254.64.6"},
+	} {
+		t.Run(cidr, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+			before := footprint(t, w.Pod)
+			other := strings.Replace(spec("other", 1), guestMAC.String(), "02:00:00:00:bb:02", 1)
+			file := writeFile(t, "second.yaml", strings.Replace(other, "pod: {}", "pod: {vmNetworkCIDR: "+cidr+"}", 1))
+			p := startSidewire(t, w, spec("vm", 1, "tcp:80"), "-f", file)
+			a := startVM(t, p, vhosttest.Options{})
+			b := joinVM(t, vhosttest.Options{Path: filepath.Join(p.dir, "other", "red.sock")})
+			assert.Contains(t, b.run("ip", "-4", "-o", "addr", "show", "dev", "eth0"), second.guest+"/24")
+			greet(t, w.Pod, 7777, "pod")
+			for v, name := range map[*vm]string{a: "a", b: "b"} {
+				for _, port := range []int{80, 81, 82} {
+					greet(t, v.ns, port, name)
+				}
+				assert.True(t, strings.HasPrefix(v.run("curl", "-sS", "--max-time", "10", outsideURL("/whoami")), enginetest.PodIP+":"))
+			}
+			b.run("ping", "-c", "1", "-W", "5", second.gateway)
+			for port, want := range map[int]string{80: "a", 81: "b"} {
+				hear(t, w.Outside, fmt.Sprintf("%s:%d", enginetest.PodIP, port), want)
+				hear(t, w.Pod, fmt.Sprintf("127.0.0.1:%d", port), want)
+			}
+			hear(t, w.Pod, "10.0.2.2:82", "a")
+			hear(t, w.Pod, second.toPod+":82", "b")
+			hear(t, a.ns, "10.0.2.1:7777", "pod")
+			hear(t, b.ns, second.gateway+":7777", "pod")
+			o := sidewire(t, "forward", "--socket-dir", p.dir, "add", "vm/red", "tcp:82")
+			require.Zero(t, o.code, o.err)
+			hear(t, w.Outside, enginetest.PodIP+":82", "a")
+			hear(t, w.Pod, "127.0.0.1:82", "a")
+			st := p.status()
+			require.Len(t, st.Interfaces, 2)
+			assert.Len(t, st.Interfaces[0].Forwards, 2)
+			assert.Nil(t, st.Interfaces[1].Forwards)
+			assert.NotEqual(t, st.Interfaces[0].MAC, st.Interfaces[1].MAC)
+			p.stop()
+			assert.Empty(t, changes(before, footprint(t, w.Pod)))
+		})
+	}
+}
+
+// hear connects and wants a word.
+func hear(t *testing.T, ns *enginetest.NetNS, addr, want string) {
+	t.Helper()
+	c, err := ns.Dial("tcp4", addr, 5*time.Second)
+	require.NoError(t, err, addr)
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	got, err := io.ReadAll(c)
+	require.NoError(t, err)
+	assert.Equal(t, want, string(got), addr)
+}
+
+// greet says a word to whoever connects.
+func greet(t *testing.T, ns *enginetest.NetNS, port int, word string) {
+	t.Helper()
+	l, err := ns.Listen("tcp4", fmt.Sprintf(":%d", port))
+	require.NoError(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, word)
+			c.Close()
+		}
+	}()
 }
 
 // Two queue pairs carry traffic both ways, each on a worker of its own, on the
@@ -120,10 +191,11 @@ func TestQueuePairsAndWorkers(t *testing.T) {
 
 func TestWorkers(t *testing.T) {
 	nics := []*nic{{iface: vmi.Interface{QueuePairs: 1}}, {iface: vmi.Interface{QueuePairs: 1}}}
-	assert.Equal(t, 1, workers(nics[:1], nil), "one queue pair, one worker")
-	assert.Equal(t, 4, workers(nics, []int{0, 1, 2, 3}), "a list fixes the number")
+	one, both := []*pod{{nics: nics[:1]}}, []*pod{{nics: nics[:1]}, {nics: nics[1:]}}
+	assert.Equal(t, 1, workers(one, nil), "one queue pair, one worker")
+	assert.Equal(t, 4, workers(both, []int{0, 1, 2, 3}), "a list fixes the number")
 	nics[0].iface.QueuePairs = 4096
-	assert.LessOrEqual(t, workers(nics, nil), 4096/2, "no more than processors")
+	assert.LessOrEqual(t, workers(both, nil), 4096/2, "no more than processors")
 }
 
 // H107: another user is not heard, even where the socket's mode lets it in.

@@ -53,9 +53,8 @@ type ResolverStatus struct {
 
 // newResolver reads the resolv.conf of the pod.
 func newResolver(o *options, n *nic, log *slog.Logger) (*resolver, error) {
-	net := n.iface.Network
 	r := &resolver{
-		path: resolvConf(o, n.netns), netns: n.netns, tap: uplink.TapName(n.link), gateway: net.Gateway,
+		path: resolvConf(o, n.pod.netns), netns: n.pod.netns, tap: uplink.TapName(n.pod.link, n.index), gateway: n.gateway.Addr(),
 		log: log.With("interface", n.name()),
 	}
 	var err error
@@ -63,7 +62,7 @@ func newResolver(o *options, n *nic, log *slog.Logger) (*resolver, error) {
 		return nil, badInput("resolvers: %w; name a file with --resolv-conf", err)
 	}
 	r.relay, err = dns.New(dns.Config{
-		Resolvers: r.targets(r.conf), Allow: netip.PrefixFrom(net.Guest, net.Guest.BitLen()), Dial: r.dial,
+		Resolvers: r.targets(r.conf), Allow: netip.PrefixFrom(n.guestIP, n.guestIP.BitLen()), Dial: r.dial,
 	})
 	return r, err
 }

@@ -59,7 +59,7 @@ type server struct {
 	started time.Time
 	path    string
 	engine  *engine.Engine
-	nics    []*nic
+	pods    []*pod
 
 	mu      sync.Mutex // guards closers
 	closers []func() error
@@ -78,7 +78,7 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if o.path == "socket" {
 		return s, cannot("--path socket is not built yet: use --path packet with CAP_NET_ADMIN and CAP_NET_RAW")
 	}
-	nics, err := planNICs(o, vms)
+	pods, err := planPods(o, vms)
 	if err != nil {
 		return s, err
 	}
@@ -96,22 +96,22 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if err != nil {
 		return s, err
 	}
-	s.engine, err = engine.New(engine.Config{Workers: workers(nics, cpus), CPUs: cpus, Poll: mode, Log: log})
+	s.engine, err = engine.New(engine.Config{Workers: workers(pods, cpus), CPUs: cpus, Poll: mode, Log: log})
 	if err != nil {
 		return s, machineError{err}
 	}
 	var once sync.Once
 	stopEngine := func() error { once.Do(s.engine.Close); return nil }
 	s.onStop(stopEngine)
-	for _, n := range nics {
-		if err := n.open(ctx, s, o, stopEngine); err != nil {
-			return s, fmt.Errorf("%s: %w", n.name(), err)
+	for _, p := range pods {
+		if err := p.open(ctx, s, o, stopEngine); err != nil {
+			return s, fmt.Errorf("%s: %w", p.name(), err)
 		}
 		s.mu.Lock()
-		s.nics = append(s.nics, n)
+		s.pods = append(s.pods, p)
 		s.mu.Unlock()
 	}
-	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(nics), "control", o.controlPath())
+	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(s.interfaces()), "control", o.controlPath())
 	return s, nil
 }
 
@@ -137,13 +137,15 @@ func (s *server) stop() error {
 
 // workers is how many the interfaces get: one per queue pair where there are
 // processors for it. A list of processors fixes it.
-func workers(nics []*nic, cpus []int) int {
+func workers(pods []*pod, cpus []int) int {
 	if len(cpus) > 0 {
 		return len(cpus)
 	}
 	pairs := 0
-	for _, n := range nics {
-		pairs += n.iface.QueuePairs
+	for _, p := range pods {
+		for _, n := range p.nics {
+			pairs += n.iface.QueuePairs
+		}
 	}
 	usable := 1
 	var set unix.CPUSet
@@ -153,27 +155,30 @@ func workers(nics []*nic, cpus []int) int {
 	return max(1, min(pairs, usable))
 }
 
-// planNICs makes a nic of every interface that is to be served.
-func planNICs(o *options, vms []vmi.VM) ([]*nic, error) {
-	var nics []*nic
-	taken := map[string]*nic{}
+// planPods makes a pod of every address that interfaces are to be behind.
+func planPods(o *options, vms []vmi.VM) ([]*pod, error) {
+	var pods []*pod
+	places := map[string]*pod{}
 	for _, vm := range vms {
 		for _, i := range vm.Interfaces {
-			n := &nic{vm: vm, iface: i, netns: netnsOf(o, vm), link: o.uplinkOf(i.Name), socket: o.socketPath(vm.Name, i.Name)}
-			place := n.netns + " " + n.link
-			if other := taken[place]; other != nil {
-				return nil, badInput("%s and %s are both behind %s of one namespace: give each VMI a namespace of its own with -f FILE@NETNS",
-					other.name(), n.name(), n.link)
+			netns, link := netnsOf(o, vm), o.uplinkOf(i.Name)
+			p := places[netns+" "+link]
+			if p == nil {
+				p = &pod{netns: netns, link: link}
+				places[netns+" "+link] = p
+				pods = append(pods, p)
 			}
-			taken[place] = n
+			n := &nic{vm: vm, iface: i, socket: o.socketPath(vm.Name, i.Name)}
+			if err := p.add(n); err != nil {
+				return nil, err
+			}
 			if err := checkSocketPath(n.socket); err != nil {
 				return nil, err
 			}
-			nics = append(nics, n)
 		}
 	}
-	if len(nics) == 0 {
+	if len(pods) == 0 {
 		return nil, badInput("the VMIs have no interface to serve")
 	}
-	return nics, nil
+	return pods, nil
 }

@@ -42,8 +42,9 @@ type InterfaceStatus struct {
 	Pod        netip.Addr          `json:"pod"`
 	Guest      netip.Addr          `json:"guest"`
 	Gateway    netip.Addr          `json:"gateway"`
-	MAC        string              `json:"mac,omitempty"` // the guest's, as given or as seen
-	LinkState  string              `json:"linkState"`     // up while a frontend is connected: so the guest sees it
+	Alias      *netip.Addr         `json:"alias,omitempty"` // the guest's address to the pod, if another
+	MAC        string              `json:"mac,omitempty"`   // the guest's, as given or as seen
+	LinkState  string              `json:"linkState"`       // up while a frontend is connected: so the guest sees it
 	MTU        int                 `json:"mtu"`
 	QueueCount int                 `json:"queueCount"`
 	Socket     string              `json:"socket"`
@@ -62,12 +63,17 @@ func (s *server) Status() Status {
 		st.Workers, st.Ports = s.engine.WorkerStats(), s.engine.PortStats()
 	}
 	for _, n := range s.interfaces() {
-		device, nat := n.device.Status(), n.nat.Stats()
+		device, nat := n.device.Status(), n.pod.nat.Stats()
+		var alias *netip.Addr
+		if n.aliased {
+			alias = &n.guestIP
+		}
 		st.Interfaces = append(st.Interfaces, InterfaceStatus{
-			Name: n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.link, Links: n.links.Status(),
-			Pod: n.pod.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
-			MAC: nat.Guests[0].MAC, LinkState: linkState(device.State),
-			MTU: n.pod.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
+			Alias: alias,
+			Name:  n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.pod.link, Links: n.pod.links.Status(),
+			Pod: n.pod.host.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
+			MAC: nat.Guests[n.index].MAC, LinkState: linkState(device.State),
+			MTU: n.pod.host.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
 			Device: device, Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), DNS: n.dns.status(), NAT: nat,
 			Forwards: n.forwards(),
 		})
@@ -97,7 +103,11 @@ func ownMemory() uint64 {
 func (s *server) interfaces() []*nic {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return append([]*nic(nil), s.nics...)
+	var nics []*nic
+	for _, p := range s.pods {
+		nics = append(nics, p.nics...)
+	}
+	return nics
 }
 
 // Forwards implements controller.
@@ -111,7 +121,7 @@ func (s *server) Forwards() map[string][]forwardRequest {
 
 // forwards are the ports that are forwarded; nil is all of them.
 func (n *nic) forwards() []forwardRequest {
-	ports := n.pod.Ports()
+	ports := n.pod.host.Ports(n.index)
 	if ports == nil {
 		return nil
 	}
@@ -128,10 +138,10 @@ func (s *server) AddForward(r forwardRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := n.nat.AddForward(nat.Forward{Proto: proto, Port: r.Port}); err != nil {
+	if err := n.pod.nat.AddForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port}); err != nil {
 		return fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err)
 	}
-	return n.pod.AddPort(uplink.Port{Proto: proto, Port: r.Port})
+	return n.pod.host.AddPort(n.index, uplink.Port{Proto: proto, Port: r.Port})
 }
 
 // RemoveForward implements controller.
@@ -140,10 +150,10 @@ func (s *server) RemoveForward(r forwardRequest) error {
 	if err != nil {
 		return err
 	}
-	if err := n.pod.RemovePort(uplink.Port{Proto: proto, Port: r.Port}); err != nil {
+	if err := n.pod.host.RemovePort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
 		return err
 	}
-	return n.nat.RemoveForward(nat.Forward{Proto: proto, Port: r.Port})
+	return n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
 }
 
 // find returns the interface that a request means.
@@ -162,7 +172,7 @@ func (s *server) find(r forwardRequest) (*nic, uint8, error) {
 			names = append(names, n.name())
 			continue
 		}
-		if n.pod.Ports() == nil {
+		if n.pod.host.Ports(n.index) == nil {
 			return nil, 0, badInput("%s has no list of ports: every port is forwarded already", n.name())
 		}
 		return n, proto, nil
@@ -211,6 +221,9 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  guest\t%s, link %s, %d KiB for each queue pair\n", orElse(i.MAC, "not seen yet"), i.LinkState, pairMemory(i.Device)>>10)
 		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
+		if i.Alias != nil {
+			fmt.Fprintf(w, "  \tto the pod's processes the guest is %s\n", i.Alias)
+		}
 		fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
 		for _, l := range i.Leases {
 			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))

@@ -231,7 +231,7 @@ func TestRest(t *testing.T) {
 func TestRestForgetsNothing(t *testing.T) {
 	r := newRig(t)
 	u := r.open(r.Pod, Config{Link: "eth0", Sink: r.pod.Sink(), Workers: 1, Mark: Mark, Direct: true})
-	rare, tap := u.Queues()[1], r.pod.Tap()
+	rare, tap := u.Queues()[1], r.pod.Tap(0)
 	for name, c := range map[string]struct {
 		q interface {
 			source

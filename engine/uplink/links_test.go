@@ -17,7 +17,7 @@ func linkWatch(r *rig) (*Links, chan LinkStatus) {
 	news := make(chan LinkStatus, 16)
 	var l *Links
 	enginetest.Must(r.t, r.Pod.Do(func() (err error) {
-		l, err = WatchLinks(func(s LinkStatus) { news <- s }, "eth0", r.pod.Sink(), r.pod.Tap().Name())
+		l, err = WatchLinks(func(s LinkStatus) { news <- s }, "eth0", r.pod.Sink(), r.pod.Tap(0).Name())
 		return err
 	}))
 	r.t.Cleanup(l.Close)
@@ -126,17 +126,17 @@ func TestLinksThatGo(t *testing.T) {
 			e := newEpoll(t)
 			q := r.up.Queues()[0]
 			require.NoError(t, q.SetWatcher(e))
-			require.NoError(t, r.pod.Tap().SetWatcher(e))
+			require.NoError(t, r.pod.Tap(0).SetWatcher(e))
 			if c.state == LinkGone {
 				output(t, r.Pod, "ip", "link", "del", c.link)
 			} else {
 				enginetest.Must(t, r.Pod.Down(c.link))
 			}
 			becomes(t, news, c.link, c.state)
-			require.True(t, e.sleeps(r.pod.Tap()), "tap")
+			require.True(t, e.sleeps(r.pod.Tap(0)), "tap")
 			require.True(t, e.sleeps(q), "uplink")
 			f := gsoFrame(enginetest.UDPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()}, enginetest.UDP{}, nil), frame.ProtoUDP, 0)
-			r.pod.Tap().Push(0, []*frame.Frame{f})
+			r.pod.Tap(0).Push(0, []*frame.Frame{f})
 			require.Equal(t, c.link == "sw-eth0", f.Reason == frame.SendFailed, "tap: %v", f.Reason)
 			f = gsoFrame(enginetest.UDPFrame(fromGuest(), enginetest.IP{Src: podIP, Dst: outsideIP}, enginetest.UDP{}, nil), frame.ProtoUDP, 0)
 			r.up.Push(0, []*frame.Frame{f})
@@ -160,7 +160,7 @@ func TestLinksThatComeBack(t *testing.T) {
 		r.next(r.outside(), "datagram", udp(src, 9))
 	}
 	works(1)
-	for i, name := range []string{"eth0", r.pod.Sink(), r.pod.Tap().Name()} {
+	for i, name := range []string{"eth0", r.pod.Sink(), r.pod.Tap(0).Name()} {
 		enginetest.Must(t, r.Pod.Down(name))
 		becomes(t, news, name, LinkDown)
 		enginetest.Must(t, r.Pod.Up(name))

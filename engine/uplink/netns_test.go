@@ -35,9 +35,9 @@ func TestRestoreWithoutSysAdmin(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	before := state(t, w.Pod)
 	doWith(t, w.Pod, func() {
-		p, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway, Ports: []Port{tcpPort(80)}})
+		p, err := Takeover(TakeoverConfig{Link: "eth0", Guests: guests(tcpPort(80))})
 		require.NoError(t, err)
-		require.NoError(t, p.AddPort(tcpPort(81)))
+		require.NoError(t, p.AddPort(0, tcpPort(81)))
 		require.NotEqual(t, before, state(t, w.Pod))
 		require.NoError(t, p.Restore())
 	}, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW)
@@ -49,7 +49,7 @@ func TestMissingCapability(t *testing.T) {
 	enginetest.Need(t, "root", "netns", "tun")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	doWith(t, w.Pod, func() {
-		_, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+		_, err := Takeover(TakeoverConfig{Link: "eth0", Guests: guests()})
 		require.ErrorIs(t, err, ErrPrivilege)
 		require.ErrorContains(t, err, "CAP_NET_ADMIN")
 		_, err = Open(Config{Link: "eth0", Workers: 1})

@@ -121,8 +121,9 @@ func (p *Pod) makeTables() error {
 	base("unmarked", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw)
 	base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	for _, t := range []*nftables.Table{dev, ip} {
-		err = errors.Join(err, c.AddSet(p.portSet(t), nil))
+	err = errors.Join(err, c.AddSet(portSet(dev, "ports"), nil))
+	for i := range p.ports {
+		err = errors.Join(err, c.AddSet(portSet(ip, portsOf(i)), nil))
 	}
 	if err != nil {
 		return fmt.Errorf("nftables sets: %w", err)
@@ -193,9 +194,13 @@ func nftError(err error) error {
 	return fmt.Errorf("nftables: %w", err)
 }
 
-func (p *Pod) portSet(t *nftables.Table) *nftables.Set {
-	return &nftables.Set{Table: t, Name: "ports", KeyType: typePort, Concatenation: true}
+func portSet(t *nftables.Table, name string) *nftables.Set {
+	return &nftables.Set{Table: t, Name: name, KeyType: typePort, Concatenation: true}
 }
+
+// portsOf is the name of the set of the i-th guest's ports. Those of all guests
+// are in the set "ports" of the other table.
+func portsOf(i int) string { return fmt.Sprintf("ports%d", i) }
 
 // fillPorts makes the port sets hold exactly the published ports, at once.
 func (p *Pod) fillPorts() error {
@@ -203,22 +208,33 @@ func (p *Pod) fillPorts() error {
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
-	for _, t := range []*nftables.Table{p.netdevTable(), p.ipTable()} {
-		s := p.portSet(t)
+	var all []nftables.SetElement
+	for i := range p.ports {
+		elems := portElements(p.ports[i])
+		s := portSet(p.ipTable(), portsOf(i))
 		c.FlushSet(s)
-		var elems []nftables.SetElement
-		for port := range p.ports {
-			key := binary.BigEndian.AppendUint16([]byte{port.Proto, 0, 0, 0}, port.Port)
-			elems = append(elems, nftables.SetElement{Key: append(key, 0, 0)})
-		}
 		if err := appendElements(c, s, elems); err != nil {
 			return err
 		}
+		all = append(all, elems...)
+	}
+	s := portSet(p.netdevTable(), "ports")
+	c.FlushSet(s)
+	if err := appendElements(c, s, all); err != nil {
+		return err
 	}
 	if err := c.Flush(); err != nil {
 		return nftError(err)
 	}
 	return nil
+}
+
+func portElements(ports map[Port]bool) (elems []nftables.SetElement) {
+	for port := range ports {
+		key := binary.BigEndian.AppendUint16([]byte{port.Proto, 0, 0, 0}, port.Port)
+		elems = append(elems, nftables.SetElement{Key: append(key, 0, 0)})
+	}
+	return elems
 }
 
 var chainsEgress = []string{"egress", "marked", "seen", "seentcp"}
@@ -398,21 +414,35 @@ func (p *Pod) egressRules(r *rules) {
 // the engine itself asks on the pod's loopback is no such connection.
 func (p *Pod) loopbackRules(r *rules) {
 	r.add("unmarked", markIs(Mark), &expr.Notrack{})
-	var listed any = []any{}
-	if !p.all() {
-		listed = []any{portKey(2), inSet("ports")}
-	}
-	loopback := []byte{127, 0, 0, 1}
 	r.add("output", markIs(PodMark), accept())
-	r.add("output", ipField(offDst, 4, reg1), is(loopback...), listed, nat(expr.NATTypeDestNAT, p.c.Guest.AsSlice()))
-	r.add("postrouting", p.toTap(),
-		ipField(offSrc, 4, reg1), is(loopback...), listed, nat(expr.NATTypeSourceNAT, p.c.Gateway.Addr().AsSlice()))
+	// Who has everything gets what no list names.
+	for _, everything := range []bool{false, true} {
+		for i, g := range p.c.Guests {
+			if (p.ports[i] == nil) == everything {
+				r.add("output", ipField(offDst, 4, reg1), is(loopback...), p.listed(i), nat(expr.NATTypeDestNAT, g.Addr.AsSlice()))
+			}
+		}
+	}
+	for i, g := range p.c.Guests {
+		r.add("postrouting", toTap(p.taps[i]),
+			ipField(offSrc, 4, reg1), is(loopback...), p.listed(i), nat(expr.NATTypeSourceNAT, g.Gateway.Addr().AsSlice()))
+	}
 }
 
-// toTap matches what goes by the local tap.
-func (p *Pod) toTap() any {
+var loopback = []byte{127, 0, 0, 1}
+
+// listed matches the published ports of the i-th guest.
+func (p *Pod) listed(i int) any {
+	if p.ports[i] == nil {
+		return []any{}
+	}
+	return []any{portKey(2), inSet(portsOf(i))}
+}
+
+// toTap matches what goes by a local tap.
+func toTap(t *Tap) any {
 	tap := make([]byte, unix.IFNAMSIZ)
-	copy(tap, p.tap.Name())
+	copy(tap, t.Name())
 	return []any{&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg1}, is(tap...)}
 }
 

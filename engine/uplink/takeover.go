@@ -44,20 +44,25 @@ type TakeoverConfig struct {
 	Link string // the pod's interface, such as eth0
 	// Pod is the address that is shared; the zero value is the link's first.
 	Pod netip.Addr
-	// Guest is the guest's address, Gateway the one that it sees the pod as,
-	// with the prefix that both are in.
-	Guest   netip.Addr
-	Gateway netip.Prefix
-	// Ports are those published. None means everything that is not the pod's
-	// own business.
-	Ports []Port
+	// Guests live behind it, at most one of them with everything.
+	Guests []Guest
 	// NAT is the range of external ports; the zero value is DefaultNAT.
 	NAT     PortRange
-	Workers int // how many workers push to the tap
+	Workers int // how many workers push to the taps
 }
 
-// Pod is a network namespace that was taken over for a guest: the guest's
-// frames leave the kernel's stack for the sink, everything else stays. All
+// Guest is a guest as the pod sees it.
+type Guest struct {
+	// Addr is the guest's address, Gateway the one that it sees the pod as, with
+	// the prefix that both are in. Prefixes of guests do not overlap.
+	Addr    netip.Addr
+	Gateway netip.Prefix
+	// Ports are those published. None means everything that is not the pod's
+	// own business, nor listed by another guest.
+	Ports []Port
+}
+
+// Pod is a network namespace that was taken over for guests: their frames leave the kernel's stack for the sink, everything else stays. All
 // methods are safe for concurrent use and may be called from any namespace.
 type Pod struct {
 	// Warnings are what could not be done, with what that means.
@@ -67,14 +72,14 @@ type Pod struct {
 	ns    int // descriptor of the namespace
 	sink  int // descriptor that keeps the sink
 	index int // the sink's
-	tap   *Tap
+	taps  []*Tap
 	mtu   int
 	bound boundPorts
 	// kernel is where the pod's kernel chooses its ports from.
 	kernel PortRange
 
-	mu    sync.Mutex    // guards ns, ports and the rules in the kernel
-	ports map[Port]bool // nil: everything
+	mu    sync.Mutex      // guards ns, ports and the rules in the kernel
+	ports []map[Port]bool // of each guest; nil: everything
 }
 
 // Takeover prepares the current network namespace. It needs CAP_NET_ADMIN. If
@@ -102,8 +107,12 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 		return nil, fmt.Errorf("sink: %w", err)
 	}
 	p = &Pod{c: c, ns: -1, sink: sink, mtu: l.Attrs().MTU}
-	if len(c.Ports) > 0 {
-		p.ports = portSetOf(c.Ports)
+	for _, g := range c.Guests {
+		if len(g.Ports) == 0 {
+			p.ports = append(p.ports, nil)
+		} else {
+			p.ports = append(p.ports, portSetOf(g.Ports))
+		}
 	}
 	if p.ns, err = openNS(); err != nil {
 		return p, err
@@ -112,11 +121,14 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 	if err := p.setupSink(); err != nil {
 		return p, err
 	}
-	p.tap, err = OpenTap(TapConfig{
-		Name: TapName(c.Link), MAC: GatewayMAC, Addr: c.Gateway, MTU: p.mtu, Workers: c.Workers,
-	})
-	if err != nil {
-		return p, err
+	for i, g := range c.Guests {
+		tap, err := OpenTap(TapConfig{
+			Name: TapName(c.Link, i), MAC: GatewayMAC, Addr: g.Gateway, MTU: p.mtu, Workers: c.Workers,
+		})
+		if err != nil {
+			return p, err
+		}
+		p.taps = append(p.taps, tap)
 	}
 	return p, p.install()
 }
@@ -126,13 +138,10 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 	if c.NAT == (PortRange{}) {
 		c.NAT = DefaultNAT
 	}
-	switch {
-	case c.NAT.Lo == 0 || c.NAT.Lo > c.NAT.Hi:
+	if c.NAT.Lo == 0 || c.NAT.Lo > c.NAT.Hi {
 		return fmt.Errorf("port range %d-%d is empty", c.NAT.Lo, c.NAT.Hi)
-	case !c.Guest.Is4() || !c.Gateway.Addr().Is4() || !c.Gateway.Contains(c.Guest) || c.Gateway.Addr() == c.Guest:
-		return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", c.Guest, c.Gateway)
 	}
-	if err := checkPorts(c.Ports); err != nil {
+	if err := checkGuests(c.Guests); err != nil {
 		return err
 	}
 	if c.Pod.IsValid() {
@@ -149,6 +158,39 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 		}
 	}
 	return fmt.Errorf("link %s has no IPv4 address", c.Link)
+}
+
+func checkGuests(guests []Guest) error {
+	if len(guests) == 0 {
+		return errors.New("no guest")
+	}
+	all, taken := 0, map[Port]bool{}
+	for i, g := range guests {
+		if !g.Addr.Is4() || !g.Gateway.Addr().Is4() || !g.Gateway.Contains(g.Addr) || g.Gateway.Addr() == g.Addr {
+			return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", g.Addr, g.Gateway)
+		}
+		for _, other := range guests[:i] {
+			if other.Gateway.Overlaps(g.Gateway) {
+				return fmt.Errorf("two guests are in %s and %s, which overlap", other.Gateway.Masked(), g.Gateway.Masked())
+			}
+		}
+		if err := checkPorts(g.Ports); err != nil {
+			return err
+		}
+		for port := range portSetOf(g.Ports) {
+			if taken[port] {
+				return fmt.Errorf("two guests have port %d of protocol %d", port.Port, port.Proto)
+			}
+			taken[port] = true
+		}
+		if len(g.Ports) == 0 {
+			all++
+		}
+	}
+	if all > 1 {
+		return errors.New("two guests have everything")
+	}
+	return nil
 }
 
 func (p *Pod) setupSink() error {
@@ -196,8 +238,8 @@ func (p *Pod) install() error {
 // Config.Sink.
 func (p *Pod) Sink() string { return sinkName(p.c.Link) }
 
-// Tap is the port to the pod's own processes.
-func (p *Pod) Tap() *Tap { return p.tap }
+// Tap is the port from the i-th guest to the pod's own processes.
+func (p *Pod) Tap(i int) *Tap { return p.taps[i] }
 
 // Addr is the pod's address, which the guest shares.
 func (p *Pod) Addr() netip.Addr { return p.c.Pod }
@@ -212,19 +254,20 @@ func (p *Pod) KernelRange() PortRange { return p.kernel }
 // MTU is that of the pod's interface, in bytes.
 func (p *Pod) MTU() int { return p.mtu }
 
-// Ports are the published ports in order; nil means everything.
-func (p *Pod) Ports() []Port {
+// Ports are the published ports of the i-th guest in order; nil means
+// everything.
+func (p *Pod) Ports(i int) []Port {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.all() {
+	if p.ports[i] == nil {
 		return nil
 	}
-	return p.list()
+	return p.list(i)
 }
 
-func (p *Pod) list() []Port {
-	out := make([]Port, 0, len(p.ports)+1)
-	for port := range p.ports {
+func (p *Pod) list(i int) []Port {
+	out := make([]Port, 0, len(p.ports[i])+1)
+	for port := range p.ports[i] {
 		out = append(out, port)
 	}
 	slices.SortFunc(out, func(a, b Port) int {
@@ -233,36 +276,37 @@ func (p *Pod) list() []Port {
 	return out
 }
 
-// AddPort publishes a port. Where everything is published it does nothing.
-func (p *Pod) AddPort(port Port) error {
+// AddPort publishes a port of the i-th guest, which no other guest has. For
+// one that has everything it does nothing.
+func (p *Pod) AddPort(i int, port Port) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.all() || p.ports[port] {
+	if p.ports[i] == nil || p.ports[i][port] {
 		return nil
 	}
-	return p.publish(append(p.list(), port))
+	return p.publish(i, append(p.list(i), port))
 }
 
-// RemovePort takes back a published port. Without the last one nothing is
-// published.
-func (p *Pod) RemovePort(port Port) error {
+// RemovePort takes back a published port of the i-th guest. Without the last
+// one nothing of it is published.
+func (p *Pod) RemovePort(i int, port Port) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.all() || !p.ports[port] {
+	if p.ports[i] == nil || !p.ports[i][port] {
 		return fmt.Errorf("port %d of protocol %d is not in the list", port.Port, port.Proto)
 	}
-	return p.publish(slices.DeleteFunc(p.list(), func(q Port) bool { return q == port }))
+	return p.publish(i, slices.DeleteFunc(p.list(i), func(q Port) bool { return q == port }))
 }
 
-// publish changes the list of published ports.
-func (p *Pod) publish(ports []Port) error {
+// publish changes the list of a guest's published ports.
+func (p *Pod) publish(i int, ports []Port) error {
 	if err := checkPorts(ports); err != nil {
 		return err
 	}
-	old := p.ports
-	p.ports = portSetOf(ports)
+	old := p.ports[i]
+	p.ports[i] = portSetOf(ports)
 	if err := inNS(p.ns, p.fillPorts); err != nil {
-		p.ports = old
+		p.ports[i] = old
 		return fmt.Errorf("publish ports: %w", err)
 	}
 	return nil
@@ -286,7 +330,9 @@ func portSetOf(ports []Port) map[Port]bool {
 }
 
 // all says whether everything is published.
-func (p *Pod) all() bool { return p.ports == nil }
+func (p *Pod) all() bool {
+	return slices.ContainsFunc(p.ports, func(m map[Port]bool) bool { return m == nil })
+}
 
 // Restore puts back everything that Takeover changed. No worker may use the
 // tap any more.
@@ -298,10 +344,10 @@ func (p *Pod) Restore() error {
 		errs = append(errs, inNS(p.ns, func() error { return cleanup(p.c.Link) }), unix.Close(p.ns))
 		p.ns = -1
 	}
-	if p.tap != nil {
-		errs = append(errs, p.tap.Close())
-		p.tap = nil
+	for _, t := range p.taps {
+		errs = append(errs, t.Close())
 	}
+	p.taps = nil
 	if p.sink >= 0 {
 		errs = append(errs, unix.Close(p.sink))
 		p.sink = -1
@@ -321,8 +367,14 @@ func Cleanup(link string) error {
 	return nil
 }
 
-// TapName and sinkName are the names of our links beside a link.
-func TapName(link string) string { return beside("sw-", link) }
+// TapName is the name of the i-th guest's tap beside a link, and sinkName that
+// of the sink.
+func TapName(link string, i int) string {
+	if i == 0 {
+		return beside("sw-", link)
+	}
+	return beside(fmt.Sprintf("sw%d-", i), link)
+}
 
 func sinkName(link string) string { return beside("swin-", link) }
 

@@ -237,18 +237,18 @@ func TestPortsChange(t *testing.T) {
 	}
 	guests(80)
 	pods(81)
-	require.NoError(t, r.pod.AddPort(tcpPort(81)))
-	require.Equal(t, []Port{tcpPort(80), tcpPort(81)}, r.pod.Ports())
+	require.NoError(t, r.pod.AddPort(0, tcpPort(81)))
+	require.Equal(t, []Port{tcpPort(80), tcpPort(81)}, r.pod.Ports(0))
 	guests(81)
-	require.NoError(t, r.pod.RemovePort(tcpPort(80)))
+	require.NoError(t, r.pod.RemovePort(0, tcpPort(80)))
 	pods(80)
 	guests(81)
-	require.Error(t, r.pod.RemovePort(tcpPort(80)))
-	require.NoError(t, r.pod.RemovePort(tcpPort(81)))
+	require.Error(t, r.pod.RemovePort(0, tcpPort(80)))
+	require.NoError(t, r.pod.RemovePort(0, tcpPort(81)))
 	pods(81)
-	require.Equal(t, []Port{}, r.pod.Ports(), "nothing, not everything")
-	require.Error(t, r.pod.AddPort(Port{Proto: 132, Port: 1}))
-	require.NoError(t, r.pod.AddPort(tcpPort(82)))
+	require.Equal(t, []Port{}, r.pod.Ports(0), "nothing, not everything")
+	require.Error(t, r.pod.AddPort(0, Port{Proto: 132, Port: 1}))
+	require.NoError(t, r.pod.AddPort(0, tcpPort(82)))
 	guests(82)
 }
 
@@ -258,8 +258,8 @@ func TestManyPorts(t *testing.T) {
 		many = append(many, Port{frame.ProtoUDP, uint16(i + 1)})
 	}
 	r := newRig(t, many...)
-	require.Equal(t, many, r.pod.Ports())
-	require.NoError(t, r.pod.RemovePort(Port{frame.ProtoUDP, 4999}))
+	require.Equal(t, many, r.pod.Ports(0))
+	require.NoError(t, r.pod.RemovePort(0, Port{frame.ProtoUDP, 4999}))
 	for _, port := range []uint16{1, 5000} {
 		send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: port}, nil))
 		r.next(r.in(), "datagram", udp(5, port))
@@ -271,9 +271,9 @@ func TestManyPorts(t *testing.T) {
 // Where everything is published there is no list to change.
 func TestEverythingHasNoList(t *testing.T) {
 	r := newRig(t)
-	require.Nil(t, r.pod.Ports())
-	require.NoError(t, r.pod.AddPort(tcpPort(80)))
-	require.Error(t, r.pod.RemovePort(tcpPort(80)))
+	require.Nil(t, r.pod.Ports(0))
+	require.NoError(t, r.pod.AddPort(0, tcpPort(80)))
+	require.Error(t, r.pod.RemovePort(0, tcpPort(80)))
 	r.syn(1234, 83)
 	r.next(r.in(), "SYN on the sink", tcp(1234, 83, enginetest.SYN))
 }
@@ -377,7 +377,7 @@ func TestRestore(t *testing.T) {
 			take := func() (p *Pod) {
 				t.Helper()
 				enginetest.Must(t, w.Pod.Do(func() (err error) {
-					p, err = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway, Ports: []Port{tcpPort(80)}})
+					p, err = Takeover(TakeoverConfig{Link: "eth0", Guests: guests(tcpPort(80))})
 					return err
 				}))
 				require.Equal(t, podIP, p.Addr())
@@ -400,7 +400,7 @@ func TestRestore(t *testing.T) {
 			p := take()
 			enginetest.Must(t, w.Pod.Do(func() error {
 				require.ErrorIs(t, Cleanup("eth0"), ErrInUse)
-				_, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+				_, err := Takeover(TakeoverConfig{Link: "eth0", Guests: guests()})
 				require.ErrorIs(t, err, ErrInUse)
 				return nil
 			}))
@@ -423,7 +423,7 @@ func longList() string {
 // crash ends a run as the end of its process would.
 func crash(t *testing.T, p *Pod) {
 	t.Helper()
-	require.NoError(t, errors.Join(p.tap.Close(), unix.Close(p.sink), unix.Close(p.ns)))
+	require.NoError(t, errors.Join(p.taps[0].Close(), unix.Close(p.sink), unix.Close(p.ns)))
 }
 
 // What others reserve while we run stays reserved.
@@ -442,7 +442,7 @@ func TestRestoreKeepsOthersPorts(t *testing.T) {
 func TestTakeoverRefuses(t *testing.T) {
 	enginetest.Need(t, "root", "netns", "tun")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
-	good := TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway}
+	good := func() TakeoverConfig { return TakeoverConfig{Link: "eth0", Guests: guests()} }
 	before := state(t, w.Pod)
 	for name, c := range map[string]struct {
 		change func(*TakeoverConfig)
@@ -450,14 +450,20 @@ func TestTakeoverRefuses(t *testing.T) {
 	}{
 		"no link":      {func(c *TakeoverConfig) { c.Link = "eth7" }, "no such link: eth7 (there are: "},
 		"no address":   {func(c *TakeoverConfig) { c.Link = "lo" }, "not Ethernet"},
-		"guest":        {func(c *TakeoverConfig) { c.Guest = gateway.Addr() }, "not two IPv4 addresses"},
-		"other prefix": {func(c *TakeoverConfig) { c.Guest = podIP }, "not two IPv4 addresses"},
-		"IPv6 guest":   {func(c *TakeoverConfig) { c.Guest = netip.IPv6LinkLocalAllNodes() }, "not two IPv4 addresses"},
+		"guest":        {func(c *TakeoverConfig) { c.Guests[0].Addr = gateway.Addr() }, "not two IPv4 addresses"},
+		"other prefix": {func(c *TakeoverConfig) { c.Guests[0].Addr = podIP }, "not two IPv4 addresses"},
+		"IPv6 guest":   {func(c *TakeoverConfig) { c.Guests[0].Addr = netip.IPv6LinkLocalAllNodes() }, "not two IPv4 addresses"},
 		"range":        {func(c *TakeoverConfig) { c.NAT = PortRange{5, 4} }, "is empty"},
-		"port 0":       {func(c *TakeoverConfig) { c.Ports = []Port{tcpPort(0)} }, "cannot be published"},
+		"port 0":       {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{tcpPort(0)} }, "cannot be published"},
+		"nobody":       {func(c *TakeoverConfig) { c.Guests = nil }, "no guest"},
+		"one network":  {func(c *TakeoverConfig) { c.Guests = append(c.Guests, guests(tcpPort(80))...) }, "overlap"},
+		"one port": {func(c *TakeoverConfig) {
+			c.Guests = append(guests(tcpPort(80), tcpPort(81)), other(tcpPort(79), tcpPort(80)))
+		}, "two guests have port 80"},
+		"two with everything": {func(c *TakeoverConfig) { c.Guests = append(c.Guests, other()) }, "two guests have everything"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cfg := good
+			cfg := good()
 			c.change(&cfg)
 			enginetest.Must(t, w.Pod.Do(func() error {
 				_, err := Takeover(cfg)
@@ -467,6 +473,39 @@ func TestTakeoverRefuses(t *testing.T) {
 		})
 	}
 	require.Equal(t, before, state(t, w.Pod))
+}
+
+// other is a second guest behind the pod.
+func other(ports ...Port) Guest {
+	return Guest{Addr: netip.MustParseAddr("10.0.3.2"), Gateway: netip.MustParsePrefix("10.0.3.1/24"), Ports: ports}
+}
+
+// Two guests have a tap and a list each; what either has leaves the stack.
+func TestTwoGuests(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun")
+	for name, first := range map[string][]Guest{"lists": guests(tcpPort(80)), "one with everything": guests()} {
+		t.Run(name, func(t *testing.T) {
+			r := worldRig(t)
+			before := state(t, r.Pod)
+			r.takeOver(append(first, other(tcpPort(81)))...)
+			for _, port := range []uint16{80, 81} {
+				r.syn(1000+port, port)
+				r.next(r.in(), "SYN", tcp(1000+port, port, enginetest.SYN))
+			}
+			require.Equal(t, []Port{tcpPort(81)}, r.pod.Ports(1))
+			require.NoError(t, r.pod.AddPort(1, tcpPort(82)))
+			// The pod reaches each by its own port of 127.0.0.1.
+			for i, port := range []uint16{80, 81, 82} {
+				go r.Pod.Dial("tcp4", fmt.Sprintf("127.0.0.1:%d", port), time.Second)
+				want := []netip.Addr{guestIP, other().Addr, other().Addr}[i]
+				r.next(r.pod.Tap(min(i, 1)), "ARP request", func(p received) bool {
+					return be(p.bytes[12:]) == frame.TypeARP && netip.AddrFrom4([4]byte(p.bytes[38:42])) == want
+				})
+			}
+			require.NoError(t, r.pod.Restore())
+			require.Equal(t, before, state(t, r.Pod))
+		})
+	}
 }
 
 func TestPortMap(t *testing.T) {
@@ -484,7 +523,7 @@ func TestPortMap(t *testing.T) {
 }
 
 func TestNames(t *testing.T) {
-	require.Equal(t, "sw-eth0", TapName("eth0"))
+	require.Equal(t, "sw-eth0", TapName("eth0", 0))
 	require.Equal(t, "swin-eth0", sinkName("eth0"))
 	for _, n := range []string{"pod72ad293a5c9", "abcdefghijklmno"} {
 		require.Less(t, len(sinkName(n)), unix.IFNAMSIZ)
@@ -507,7 +546,7 @@ func TestOlderConnectionsStay(t *testing.T) {
 	defer peer.Close()
 	var p *Pod
 	enginetest.Must(t, w.Pod.Do(func() (err error) {
-		p, err = Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+		p, err = Takeover(TakeoverConfig{Link: "eth0", Guests: guests()})
 		return err
 	}))
 	defer p.Restore()
@@ -594,7 +633,7 @@ func TestReadOnlySysctl(t *testing.T) {
 			if err := unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 				return err
 			}
-			p, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+			p, err := Takeover(TakeoverConfig{Link: "eth0", Guests: guests()})
 			require.NoError(t, err)
 			require.Equal(t, want, p.NAT())
 			var lo, hi uint16
@@ -626,7 +665,7 @@ func TestKernelRange(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	enginetest.Must(t, w.Pod.Sysctl("net/ipv4/ip_local_port_range", "20000 50000"))
 	enginetest.Must(t, w.Pod.Do(func() error {
-		p, err := Takeover(TakeoverConfig{Link: "eth0", Guest: guestIP, Gateway: gateway})
+		p, err := Takeover(TakeoverConfig{Link: "eth0", Guests: guests()})
 		require.NoError(t, err)
 		require.Equal(t, PortRange{20000, 39999}, p.KernelRange())
 		require.Equal(t, DefaultNAT, p.NAT())

@@ -20,10 +20,10 @@ func fromGuest() enginetest.Eth { return enginetest.Eth{Dst: GatewayMAC, Src: gu
 // answerARP plays the guest's side of address resolution.
 func (r *rig) answerARP() {
 	r.t.Helper()
-	p := r.next(r.pod.Tap(), "ARP request for the guest", func(p received) bool { return be(p.bytes[12:]) == frame.TypeARP })
+	p := r.next(r.pod.Tap(0), "ARP request for the guest", func(p received) bool { return be(p.bytes[12:]) == frame.TypeARP })
 	require.Equal(r.t, guestIP.AsSlice(), p.bytes[38:42])
 	require.Equal(r.t, GatewayMAC[:], p.bytes[6:12])
-	send(r.t, r.pod.Tap(), enginetest.ARPFrame(fromGuest(), enginetest.ARPReply, guestMAC, guestIP, GatewayMAC, gateway.Addr()))
+	send(r.t, r.pod.Tap(0), enginetest.ARPFrame(fromGuest(), enginetest.ARPReply, guestMAC, guestIP, GatewayMAC, gateway.Addr()))
 }
 
 // dial connects from the pod, and answers as a guest that has no listener. It
@@ -44,14 +44,14 @@ func (r *rig) dial(addr string, port uint16) (asked bool, err error) {
 			return asked, err
 		default:
 		}
-		p, ok := r.find(r.pod.Tap(), 10*time.Millisecond, func(p received) bool {
+		p, ok := r.find(r.pod.Tap(0), 10*time.Millisecond, func(p received) bool {
 			return be(p.bytes[12:]) == frame.TypeARP || p.bytes[23] == frame.ProtoTCP
 		})
 		if !ok {
 			continue
 		}
 		if be(p.bytes[12:]) == frame.TypeARP {
-			send(r.t, r.pod.Tap(), enginetest.ARPFrame(fromGuest(), enginetest.ARPReply, guestMAC, guestIP, GatewayMAC, gateway.Addr()))
+			send(r.t, r.pod.Tap(0), enginetest.ARPFrame(fromGuest(), enginetest.ARPReply, guestMAC, guestIP, GatewayMAC, gateway.Addr()))
 			continue
 		}
 		asked = true
@@ -60,7 +60,7 @@ func (r *rig) dial(addr string, port uint16) (asked bool, err error) {
 		require.Equal(r.t, guestIP.AsSlice(), p.bytes[30:34])
 		require.Equal(r.t, port, be(p.bytes[36:]))
 		seq := uint32(be(p.bytes[38:]))<<16 | uint32(be(p.bytes[40:]))
-		send(r.t, r.pod.Tap(), enginetest.TCPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()},
+		send(r.t, r.pod.Tap(0), enginetest.TCPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()},
 			enginetest.TCP{Src: port, Dst: be(p.bytes[34:]), Ack: seq + 1, Flags: enginetest.RST | enginetest.ACK}, nil))
 	}
 }
@@ -101,7 +101,7 @@ func TestGuestToPod(t *testing.T) {
 	l, err := r.Pod.Listen("tcp4", ":7777")
 	require.NoError(t, err)
 	defer l.Close()
-	tap := r.pod.Tap()
+	tap := r.pod.Tap(0)
 	first := true
 	for _, to := range []netip.Addr{gateway.Addr(), podIP} {
 		ip := enginetest.IP{Src: guestIP, Dst: to}
@@ -126,7 +126,7 @@ func TestGuestToPod(t *testing.T) {
 // Big segments cross the tap whole, with the checksum left undone.
 func TestTapOffload(t *testing.T) {
 	r := newRig(t)
-	tap := r.pod.Tap()
+	tap := r.pod.Tap(0)
 	pc, err := r.Pod.ListenPacket("udp4", ":7")
 	require.NoError(t, err)
 	defer pc.Close()
@@ -154,13 +154,13 @@ func TestTapOffload(t *testing.T) {
 func TestTapUSO(t *testing.T) {
 	enginetest.Need(t, "uso")
 	r := newRig(t)
-	require.True(t, r.pod.Tap().USO)
+	require.True(t, r.pod.Tap(0).USO)
 	pc, err := r.Pod.ListenPacket("udp4", ":7")
 	require.NoError(t, err)
 	defer pc.Close()
 	b := enginetest.UDPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()}, enginetest.UDP{Src: 8, Dst: 7},
 		enginetest.Payload(5000, 2))
-	r.pod.Tap().Push(0, []*frame.Frame{gsoFrame(b, frame.ProtoUDP, 1000)})
+	r.pod.Tap(0).Push(0, []*frame.Frame{gsoFrame(b, frame.ProtoUDP, 1000)})
 	require.NoError(t, pc.SetReadDeadline(time.Now().Add(deadline)))
 	for range 5 {
 		n, _, err := pc.ReadFrom(make([]byte, 2000))
@@ -195,7 +195,7 @@ func gsoFrame(b []byte, proto byte, size uint16) *frame.Frame {
 
 func TestTapAllocs(t *testing.T) {
 	r := newRig(t)
-	tap := r.pod.Tap()
+	tap := r.pod.Tap(0)
 	b := new(frame.Batch)
 	out := gsoFrame(enginetest.UDPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()}, enginetest.UDP{Src: 1, Dst: 2},
 		make([]byte, 1000)), frame.ProtoUDP, 0)
@@ -211,10 +211,10 @@ func TestTapAllocs(t *testing.T) {
 // A tap that has no room or is down loses frames, and says so.
 func TestTapDown(t *testing.T) {
 	r := newRig(t)
-	enginetest.Must(t, r.Pod.Down(r.pod.Tap().Name()))
+	enginetest.Must(t, r.Pod.Down(r.pod.Tap(0).Name()))
 	f := gsoFrame(enginetest.UDPFrame(fromGuest(), enginetest.IP{Src: guestIP, Dst: gateway.Addr()}, enginetest.UDP{}, nil), frame.ProtoUDP, 0)
 	f.Out = 1
-	r.pod.Tap().Push(0, []*frame.Frame{f})
+	r.pod.Tap(0).Push(0, []*frame.Frame{f})
 	require.Equal(t, frame.SendFailed, f.Reason)
 	require.Equal(t, frame.Drop, f.Out)
 }

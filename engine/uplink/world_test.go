@@ -34,26 +34,39 @@ type rig struct {
 	left   map[source][]received // pulled, but not looked at yet
 }
 
+// guests is the one guest of most tests.
+func guests(ports ...Port) []Guest {
+	return []Guest{{Addr: guestIP, Gateway: gateway, Ports: ports}}
+}
+
 func newRig(t testing.TB, ports ...Port) *rig {
 	t.Helper()
+	r := worldRig(t)
+	r.takeOver(guests(ports...)...)
+	return r
+}
+
+// worldRig is a rig whose pod is not taken over yet.
+func worldRig(t testing.TB) *rig {
+	t.Helper()
 	enginetest.Need(t, "root", "netns", "tun")
-	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
-	r := &rig{World: w, t: t, batch: new(frame.Batch), left: map[source][]received{}}
-	enginetest.Must(t, w.Pod.Do(func() (err error) {
-		r.pod, err = Takeover(TakeoverConfig{
-			Link: "eth0", Guest: guestIP, Gateway: gateway, Ports: ports, Workers: 1,
-		})
+	return &rig{World: enginetest.NewWorld(t, enginetest.WorldOptions{}), t: t, batch: new(frame.Batch), left: map[source][]received{}}
+}
+
+func (r *rig) takeOver(guests ...Guest) {
+	r.t.Helper()
+	enginetest.Must(r.t, r.Pod.Do(func() (err error) {
+		r.pod, err = Takeover(TakeoverConfig{Link: "eth0", Guests: guests, Workers: 1})
 		return err
 	}))
-	t.Cleanup(func() {
+	r.t.Cleanup(func() {
 		if err := r.pod.Restore(); err != nil {
-			t.Errorf("restore: %v", err)
+			r.t.Errorf("restore: %v", err)
 		}
 	})
-	r.up = r.open(w.Pod, Config{Link: "eth0", Sink: r.pod.Sink(), Workers: 1, Mark: Mark})
-	r.out = r.open(w.Outside, Config{Link: "veth0", Workers: 1})
-	r.podMAC, r.outMAC = macIn(t, w.Pod, "eth0"), macIn(t, w.Outside, "veth0")
-	return r
+	r.up = r.open(r.Pod, Config{Link: "eth0", Sink: r.pod.Sink(), Workers: 1, Mark: Mark})
+	r.out = r.open(r.Outside, Config{Link: "veth0", Workers: 1})
+	r.podMAC, r.outMAC = macIn(r.t, r.Pod, "eth0"), macIn(r.t, r.Outside, "veth0")
 }
 
 // macIn is the hardware address of a link.
