@@ -27,7 +27,12 @@ type sleeper struct {
 	budget int64 // ns to spin this time
 
 	offTill int64 // no spinning before this time
+	last    int64 // length of the last sleep, ns
 }
+
+// light says whether the next sleep is likely to be short, because the last
+// one was.
+func (s *sleeper) light() bool { return s.last < nap*int64(time.Millisecond) }
 
 // worked notes that a turn found frames.
 func (s *sleeper) worked(now int64) { s.since = now }
@@ -45,7 +50,7 @@ func (s *sleeper) spinning(now int64) bool {
 
 // slept notes the end of a sleep and sets the budget for the next one.
 func (s *sleeper) slept(from, to int64) {
-	s.since = to
+	s.since, s.last = to, to-from
 	switch d := to - from; {
 	case to < s.offTill:
 		s.budget = 0

@@ -275,6 +275,12 @@ func (w *Worker) disarmOne(l *layout, q Queue) {
 func (w *Worker) wait() {
 	var evs [16]unix.EpollEvent
 	before := Now()
+	if w.sleep.light() {
+		if n, errno := epollNap(w.epfd, evs[:]); n > 0 || errno != 0 {
+			w.woke(before)
+			return
+		}
+	}
 	// unix.EpollWait enters the kernel through Syscall6, so the runtime can
 	// hand this worker's P to others and collect garbage meanwhile.
 	_, err := unix.EpollWait(w.epfd, evs[:], -1)
@@ -282,6 +288,11 @@ func (w *Worker) wait() {
 		w.e.log.Error("worker cannot sleep", "worker", w.id, "err", err)
 		time.Sleep(time.Millisecond)
 	}
+	w.woke(before)
+}
+
+// woke notes the end of a sleep.
+func (w *Worker) woke(before int64) {
 	w.wakeups.Store(w.wakeups.Load() + 1)
 	w.sleep.slept(before, Now())
 }

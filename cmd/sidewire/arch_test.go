@@ -58,10 +58,10 @@ var sentences = map[string]string{
 	"dhcp":                "Package dhcp leases addresses to guests",
 }
 
-// mayUseUnsafe lists where unsafe is allowed: rings, guest memory and the raw
-// system calls of the uplink.
+// mayUseUnsafe lists where unsafe is allowed: rings, guest memory, and the raw
+// system calls of worker and uplink.
 // The driver's side in vhosttest and the guest's ethtool calls are as raw.
-var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine/uplink", "vhostuser/vhosttest", "cmd/sidewire-guest"}
+var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine", "engine/uplink", "vhostuser/vhosttest", "cmd/sidewire-guest"}
 
 // testOnly are modules that the program itself must not link.
 var testOnly = []string{"github.com/stretchr/testify", "github.com/gopacket/gopacket", "testing"}

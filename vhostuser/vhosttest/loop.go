@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -44,7 +45,8 @@ type loop struct {
 	stopFd int
 	stop   atomic.Bool
 	done   chan struct{}
-	err    error // valid once done is closed
+	err    error         // valid once done is closed
+	slept  time.Duration // the last time
 
 	mu        sync.Mutex // guards published
 	published Counters
@@ -95,12 +97,26 @@ func (l *loop) run() {
 			continue
 		}
 		l.publish()
-		if _, err := unix.EpollWait(l.ep, events, -1); err != nil && err != unix.EINTR {
+		if err := l.sleep(events); err != nil && err != unix.EINTR {
 			l.err = err
 			break
 		}
 	}
 	l.publish()
+}
+
+// sleep waits until something happens. While sleeps are short, Go's scheduler
+// is not told.
+func (l *loop) sleep(events []unix.EpollEvent) error {
+	from := time.Now()
+	defer func() { l.slept = time.Since(from) }()
+	if l.slept < napMax {
+		if n, err := epollNap(l.ep, events); n > 0 || err != nil {
+			return err
+		}
+	}
+	_, err := unix.EpollWait(l.ep, events, -1)
+	return err
 }
 
 func (l *loop) publish() {

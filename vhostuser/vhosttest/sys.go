@@ -41,7 +41,41 @@ func iovec(b []byte) unix.Iovec {
 func writev(fd int, iov []unix.Iovec) (int, error) {
 	// SAFETY: iov is a heap slice that the caller keeps during the call, and
 	// its bases are memory that is kept as iovec says.
-	n, _, errno := unix.Syscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
+	n, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(iov))), uintptr(len(iov)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+// readNow and writeNow are read and write on a descriptor that does not wait.
+// Go's scheduler is not told of them, or its monitor would take the loop's
+// place away and give it back thousands of times a second.
+func readNow(fd int, b []byte) (int, error) {
+	return now(unix.SYS_READ, fd, unsafe.Pointer(unsafe.SliceData(b)), len(b))
+}
+
+func writeNow(fd int, b []byte) (int, error) {
+	return now(unix.SYS_WRITE, fd, unsafe.Pointer(unsafe.SliceData(b)), len(b))
+}
+
+func now(call uintptr, fd int, p unsafe.Pointer, n int) (int, error) {
+	// SAFETY: the caller keeps the n bytes at p during the call.
+	r, _, errno := unix.RawSyscall(call, uintptr(fd), uintptr(p), uintptr(n))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(r), nil
+}
+
+// napMax is how long a loop may wait without Go's scheduler knowing.
+const napMax = time.Millisecond
+
+// epollNap waits for events at most that long, unknown to the scheduler.
+func epollNap(ep int, events []unix.EpollEvent) (int, error) {
+	// SAFETY: events is not empty and the caller keeps it during the call.
+	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(ep), uintptr(unsafe.Pointer(unsafe.SliceData(events))),
+		uintptr(len(events)), uintptr(napMax/time.Millisecond), 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}
@@ -54,7 +88,7 @@ var one = binary.NativeEndian.AppendUint64(nil, 1)
 
 // signal adds one to an eventfd. A full counter is as good as signalled.
 func signal(fd int) error {
-	_, err := unix.Write(fd, one)
+	_, err := writeNow(fd, one)
 	if err == unix.EAGAIN {
 		return nil
 	}

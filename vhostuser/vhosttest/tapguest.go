@@ -219,7 +219,7 @@ func (p *tapQueue) readOne() (ok bool, err error) {
 	t := p.tx
 	i := t.idle[len(t.idle)-1]
 	m := p.g.Mem.At(t.gpa(i), t.size)
-	n, err := unix.Read(p.tap, m)
+	n, err := readNow(p.tap, m)
 	switch err {
 	case nil:
 	case unix.EAGAIN:
@@ -318,7 +318,7 @@ func (p *tapQueue) gather(i uint16, n int) error {
 // more for now.
 func (p *tapQueue) writeOne() (sent bool, err error) {
 	if len(p.iov) == 1 {
-		_, err = unix.Write(p.tap, p.g.Mem.At(p.rx.gpa(p.held[0]), p.size))
+		_, err = writeNow(p.tap, p.g.Mem.At(p.rx.gpa(p.held[0]), p.size))
 	} else {
 		_, err = writev(p.tap, p.iov)
 	}

@@ -100,7 +100,7 @@ func (c *tapCopier) move() (busy bool, err error) {
 func (w *oneWay) move() (busy bool, err error) {
 	for range tapBudget {
 		if w.held == nil {
-			n, err := unix.Read(w.from, w.buf)
+			n, err := readNow(w.from, w.buf)
 			if err == unix.EAGAIN {
 				return busy, nil
 			}
@@ -112,7 +112,7 @@ func (w *oneWay) move() (busy bool, err error) {
 			}
 			w.held = w.buf[:n]
 		}
-		_, err := unix.Write(w.to, w.held)
+		_, err := writeNow(w.to, w.held)
 		switch {
 		case err == nil:
 			w.frames++

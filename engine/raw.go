@@ -1,0 +1,24 @@
+package engine
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// nap is how long a worker that has much to do may wait without Go's scheduler
+// knowing, in milliseconds. Whoever stops the world waits for it no longer than
+// until the signal that asks for it ends the nap.
+const nap = 1
+
+// epollNap waits for events like unix.EpollWait, but keeps the worker's place
+// with the scheduler. When workers sleep for fractions of a millisecond and
+// give it up each time, the runtime's monitor wakes up thousands of times a
+// second to take it away.
+func epollNap(epfd int, evs []unix.EpollEvent) (int, unix.Errno) {
+	// SAFETY: evs is not empty, on the caller's stack or heap, and alive during
+	// the call.
+	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(&evs[0])),
+		uintptr(len(evs)), nap, 0, 0)
+	return int(n), errno
+}
