@@ -40,6 +40,13 @@ const (
 	BatchFull    // no room left for a reply in the batch
 	PortGone     // the port was detached
 
+	// What a switch does not pass on.
+	BadSource // a source address that is zero or a group's
+	WrongVLAN // of a VLAN that the port is not a member of, or without a tag where one is needed
+	SamePort  // the destination is where the frame comes from
+	LinkLocal // for the next bridge only (IEEE 802.1Q, table 8-1)
+	Storm     // the port's share of frames for many is used up
+
 	NumReasons // how many there are
 )
 
@@ -48,6 +55,7 @@ var reasonNames = [NumReasons]string{
 	"bad_transport", "bad_dhcp", "spoofed", "not_carried", "no_route", "no_neighbour", "ttl_expired",
 	"frag_needed", "policy", "no_flow", "table_full", "no_port", "rate_limited", "frag_pending",
 	"frag_overflow", "no_buffer", "queue_stopped", "send_failed", "batch_full", "port_gone",
+	"bad_source", "wrong_vlan", "same_port", "link_local", "storm",
 }
 
 // String returns the name under which the reason is counted.

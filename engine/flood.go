@@ -1,0 +1,137 @@
+package engine
+
+import (
+	"sync/atomic"
+	"time"
+
+	"sidewire/engine/frame"
+)
+
+// stormLimit bounds a rate: a frame costs cost nanoseconds, of which burst may
+// be owed. A cost of 0 is no limit.
+type stormLimit struct{ cost, burst int64 }
+
+// minBurst is how many frames a port may flood at once at least.
+const minBurst = 64
+
+func newStormLimit(perSecond int) stormLimit {
+	if perSecond < 0 {
+		return stormLimit{}
+	}
+	if perSecond == 0 {
+		perSecond = defaultStorm
+	}
+	cost := max(int64(time.Second)/int64(perSecond), 1)
+	return stormLimit{cost: cost, burst: cost * int64(max(perSecond/10, minBurst))}
+}
+
+// bucket is until when what was let through is paid for, in nanoseconds. It is
+// safe for concurrent use.
+type bucket struct{ paid atomic.Int64 }
+
+// take says whether one more may pass now.
+func (b *bucket) take(l stormLimit, now int64) bool {
+	if l.cost == 0 {
+		return true
+	}
+	for {
+		old := b.paid.Load()
+		paid := max(old, now-l.burst) + l.cost
+		if paid > now {
+			return false
+		}
+		if b.paid.CompareAndSwap(old, paid) {
+			return true
+		}
+	}
+}
+
+// flood is the port that gives each frame to all members of a switch but the
+// one that it came from.
+type flood struct {
+	sw      *Switch
+	workers []*floodWork
+}
+
+// floodWork is a worker's room to put frames aside.
+type floodWork struct {
+	list [frame.BatchMax]*frame.Frame
+	kept [frame.BatchMax]kept
+}
+
+// kept is a frame before a member changed it.
+type kept struct {
+	frame.Frame
+}
+
+func newFlood(s *Switch, workers int) *flood {
+	fl := &flood{sw: s}
+	for range workers {
+		fl.workers = append(fl.workers, new(floodWork))
+	}
+	return fl
+}
+
+// Push delivers frames to every member but the one that each came from, in
+// order, in one Push for each member. What a member does to a frame is undone
+// before the next one gets it, and who cannot take it does not keep it from
+// the others: that loss is counted at the member, not at the sender.
+func (fl *flood) Push(worker int, fs []*frame.Frame) {
+	for len(fs) > frame.BatchMax {
+		fl.push(worker, fs[:frame.BatchMax])
+		fs = fs[frame.BatchMax:]
+	}
+	fl.push(worker, fs)
+}
+
+func (fl *flood) push(worker int, fs []*frame.Frame) {
+	w := fl.workers[worker]
+	for i, f := range fs {
+		f.RxAt, f.RxBufs = 0, 0 // it is not for the owner of those alone
+		w.kept[i].keep(f)
+	}
+	v := fl.sw.view.Load()
+	l := fl.sw.e.layout.Load()
+	for _, m := range v.members {
+		if int(m.id) >= len(l.ports) || l.ports[m.id] == nil {
+			continue
+		}
+		n := 0
+		for _, f := range fs {
+			if f.In != m.id {
+				w.list[n] = f
+				n++
+			}
+		}
+		if n == 0 {
+			continue
+		}
+		pe := l.ports[m.id]
+		pe.port.Push(worker, w.list[:n])
+		pe.countPush(worker, w.list[:n])
+		for i, f := range fs {
+			w.kept[i].restore(f)
+		}
+	}
+}
+
+// countPush books what became of frames that were given to one port of many.
+func (pe *portEntry) countPush(worker int, fs []*frame.Frame) {
+	c := pe.counters[worker]
+	var frames, bytes uint64
+	for _, f := range fs {
+		if f.Out == frame.Drop {
+			add(&c.drops[f.Reason], 1)
+			continue
+		}
+		frames++
+		bytes += uint64(f.Len)
+	}
+	add(&c.outFrames, frames)
+	add(&c.outBytes, bytes)
+}
+
+// keep copies what a member may change: all but the bytes of Tail.
+func (k *kept) keep(f *frame.Frame) { k.Frame = *f }
+
+func (k *kept) restore(f *frame.Frame) { *f = k.Frame }
