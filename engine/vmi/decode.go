@@ -14,7 +14,9 @@ import (
 // of a spec wants to see all of them.
 type decoder struct {
 	file   string
-	vmi    *VMI // whose fields are being read; nil between documents
+	raw    []byte // the file's content
+	cni    bool   // in a CNI configuration: keys in any case, and unknown ones are no more than a warning
+	vmi    *VMI   // whose fields are being read; nil between documents
 	faults []Fault
 	budget int
 	depth  int
@@ -38,6 +40,15 @@ func (d *decoder) fault(n *yaml.Node, path, format string, args ...any) {
 		f.Line = n.Line
 	}
 	d.faults = append(d.faults, f)
+}
+
+// warn notes what is served all the same.
+func (d *decoder) warn(n *yaml.Node, path, format string, args ...any) {
+	before := len(d.faults)
+	d.fault(n, path, format, args...)
+	if len(d.faults) > before {
+		d.faults[before].Severity = Warning
+	}
 }
 
 // resolve follows aliases; nil when there is nothing or the budget is used up.
@@ -72,25 +83,41 @@ func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) (mean
 				d.vmi.lines[sub] = p.line
 			}
 		}
-		if read, ok := f[p.key]; ok {
+		if read, ok := d.field(f, p.key); ok {
 			if !isNull(d.resolve(p.val)) {
 				read(p.val, sub)
 			}
 			continue
 		}
 		near := nearest(p.key, f)
-		at := &yaml.Node{Line: p.line}
+		at, say := &yaml.Node{Line: p.line}, d.fault
+		if d.cni {
+			say = d.warn
+		}
 		switch {
 		case near != "" && (strict || closeTo(p.key, near)):
-			d.fault(at, sub, "unknown field %q, did you mean %q?", p.key, near)
+			say(at, sub, "unknown field %q, did you mean %q?", p.key, near)
 			meant = append(meant, near)
 		case strict && len(f) == 0:
-			d.fault(at, sub, "unknown field %q, nothing goes in here: write {}", p.key)
+			say(at, sub, "unknown field %q, nothing goes in here: write {}", p.key)
 		case strict:
-			d.fault(at, sub, "unknown field %q, known here are %s", p.key, strings.Join(sortedKeys(f), ", "))
+			say(at, sub, "unknown field %q, known here are %s", p.key, strings.Join(sortedKeys(f), ", "))
 		}
 	}
 	return meant
+}
+
+// field finds what reads a key. The plugins of CNI read their JSON with Go's library, which does not look at the case.
+func (d *decoder) field(f fields, key string) (read func(*yaml.Node, string), ok bool) {
+	if read, ok = f[key]; ok || !d.cni {
+		return read, ok
+	}
+	for _, name := range sortedKeys(f) {
+		if strings.EqualFold(name, key) {
+			return f[name], true
+		}
+	}
+	return nil, false
 }
 
 // pairs lists a mapping's keys and values in file order, merge keys (<<) included where nothing overrides them.

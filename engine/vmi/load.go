@@ -93,7 +93,7 @@ func (docs *Docs) add(file, netns string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	d := &decoder{file: file, budget: maxNodes}
+	d := &decoder{file: file, raw: data, budget: maxNodes}
 	from := len(docs.VMIs)
 	for _, n := range nodes {
 		if err := d.document(docs, n, 0); err != nil {

@@ -112,17 +112,24 @@ spec:
 }
 
 func TestMendJSON(t *testing.T) {
-	for _, c := range []struct{ in, out, warning string }{
-		{`{"a": 1}`, `{"a": 1}`, ""},
-		{`{"a": "x" "b": [1 2, 3,],}`, `{"a": "x" ,"b": [1 ,2, 3 ] }`, "JSON with a comma missing at character 11"},
-		{`[ {"n": "{,}"}, ]`, `[ {"n": "{,}"}  ]`, "JSON with a comma too many at character 17"},
-		{`{"a" 1}`, `{"a" 1}`, ""},
-		{`{"a": "x`, `{"a": "x`, ""},
-		{`}{`, `}{`, ""},
+	for _, c := range []struct {
+		in, out  string
+		inserted []int
+		what     string
+		at       int
+	}{
+		{`{"a": 1}`, `{"a": 1}`, nil, "", 0},
+		{`{"a": "x" "b": [1 2, 3,],}`, `{"a": "x" ,"b": [1 ,2, 3 ] }`, []int{10, 19}, "missing", 10},
+		{`[ {"n": "{,}"}, ]`, `[ {"n": "{,}"}  ]`, nil, "too many", 16},
+		{`{"a" 1}`, `{"a" 1}`, nil, "", 0},
+		{`{"a": "x`, `{"a": "x`, nil, "", 0},
+		{`}{`, `}{`, nil, "", 0},
 	} {
-		out, warning := mendJSON([]byte(c.in))
+		out, inserted, what, at := mendJSON([]byte(c.in))
 		assert.Equal(t, c.out, string(out))
-		assert.Equal(t, c.warning, warning)
+		assert.Equal(t, c.inserted, inserted)
+		assert.Equal(t, c.what, what)
+		assert.Equal(t, c.at, at)
 	}
 }
 
@@ -130,7 +137,7 @@ func TestDefinitionFaults(t *testing.T) {
 	docs, err := Parse("n.yaml", []byte("kind: NetworkAttachmentDefinition\nmetadata: {name: n}\nspec: {config: '{\"type\": 5}'}\n---\nkind: NetworkAttachmentDefinition\n"))
 	require.NoError(t, err)
 	assert.Equal(t, []string{
-		"spec.config: not the JSON of a CNI configuration: json: cannot unmarshal number into Go struct field .Type of type string",
+		"spec.config.type: must be a text, found the number 5; put it in quotes",
 		"metadata.name: a NetworkAttachmentDefinition needs a name, networks refer to it",
 	}, lines(Validate(docs, Options{})))
 }
@@ -178,6 +185,11 @@ func hostile() []string {
 		"\xff\xfek\x00i\x00n\x00d\x00",
 		"kind: NetworkAttachmentDefinition\nmetadata: {name: n}\nspec: {config: '" + strings.Repeat("[", 20000) + "'}\n",
 		"kind: NetworkAttachmentDefinition\nmetadata: {name: n, annotations: {a: {b: c}}}\nspec: {config: '{\"type\" \"\\'}\n",
+		guest("v", "n") + nad("n", `{"type": "bridge", "vlanTrunk": [{"minID": 1, "maxID": 4094}, {"minID": -1, "maxID": 1e99}], "ipam": {"type": "host-local", "subnet": "10.0.0.0/1", "rangeStart": "255.255.255.255"}}`),
+		guest("v", "n") + nad("n", `{"type": "ovs" "bridge": "\ud800\u0000", "plugins": [[], 5, {"type": "ovs"}], "trunk": [[[[[[]]]]]],}`),
+		guest("v", "a/b/c") + "kind: NetworkAttachmentDefinition\nmetadata: {name: b/c, namespace: a}\nspec: {config: \"{\\n\\x\"}\n",
+		"kind: NetworkAttachmentDefinition\nmetadata: {name: n}\nspec:\n  config: |2+\n\n   {\n   \"type\":",
+		"kind: NetworkAttachmentDefinition\nmetadata: {name: n}\nspec: {config: '" + strings.Repeat("{\"a\":", 9000) + "1" + strings.Repeat("}", 9000) + "'}\n",
 		spec(masqA+"\nports: ["+strings.Repeat("{},", 5000)+"]", ""),
 		vmi("interfaces: ["+strings.Repeat("{name: a},", 3000)+"]", "networks: ["+strings.Repeat("{name: a},", 3000)+"]"),
 	}

@@ -1,8 +1,9 @@
 package vmi
 
 import (
-	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -10,16 +11,47 @@ import (
 
 // NAD is a NetworkAttachmentDefinition.
 type NAD struct {
-	Namespace, Name string
+	Namespace, Name string // Namespace may be empty, which is "default"
 	File            string
+	Line            int // where the document starts
 	Annotations     map[string]string
-	Config          []byte // the CNI configuration, sound JSON; nil if the definition has none
-	Type            string // the CNI type, or that of the first plugin of a list; may be empty
+	Config          []byte  // the CNI configuration, sound JSON; nil if the definition has none
+	Type            string  // the CNI type, or that of the first plugin of a list; may be empty
+	Switch          *Switch // what it asks of a switch; nil if its type is not one of ServedTypes
+}
+
+// ServedTypes are the types of a definition that a switch of sidewire's stands in for.
+var ServedTypes = []string{"bridge", "cnv-bridge", "ovs"}
+
+// Switch is the switch that a definition names, and how its ports are to be.
+type Switch struct {
+	Bridge string // name of the bridge
+	OVS    bool   // of Open vSwitch, whose ports without a VLAN carry all of them
+
+	VLAN       uint16   // access VLAN, 0 for none; beside a trunk its native one
+	Trunk      []uint16 // VLANs that pass tagged, ascending
+	Native     bool     // untagged frames of a trunk belong to the bridge's default VLAN
+	SpoofCheck bool     // frames must come from the guest's own MAC
+	MTU        int      // in bytes, 0 if not said
+	IPAM       *IPAM    // nil if addresses are somebody else's business
+}
+
+// Key is the definition's namespace and name, as a networkName may spell it.
+func (n *NAD) Key() string { return namespaceOr(n.Namespace) + "/" + n.Name }
+
+// place is where the definition stands.
+func (n *NAD) place() string { return fmt.Sprintf("%s:%d", n.File, n.Line) }
+
+func namespaceOr(ns string) string {
+	if ns == "" {
+		return "default"
+	}
+	return ns
 }
 
 // definition reads a NetworkAttachmentDefinition.
 func (d *decoder) definition(docs *Docs, root *yaml.Node) {
-	nad := NAD{File: d.file, Annotations: map[string]string{}}
+	nad := NAD{File: d.file, Line: root.Line, Annotations: map[string]string{}}
 	d.object(root, "", false, fields{
 		"metadata": func(n *yaml.Node, p string) {
 			d.metadata(n, p, &nad.Name, &nad.Namespace, func(key string, n *yaml.Node, p string) {
@@ -38,99 +70,187 @@ func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	docs.NADs = append(docs.NADs, nad)
 }
 
+// cniConfig reads spec.config: one plugin's configuration, or a list of plugins of which the first makes the interface.
 func (d *decoder) cniConfig(n *yaml.Node, path string, nad *NAD) {
-	text := d.text(n, path)
-	if strings.TrimSpace(text) == "" {
+	if r := d.resolve(n); r != nil && r.Kind == yaml.MappingNode {
+		d.fault(n, path, "must be a text that holds JSON, found a mapping; put it in single quotes")
 		return
 	}
-	config, warning := mendJSON([]byte(text))
-	var cni struct {
-		Type    string
-		Plugins []struct{ Type string }
-	}
-	if err := json.Unmarshal(config, &cni); err != nil {
-		d.fault(n, path, "not the JSON of a CNI configuration: %v", err)
+	root, config := d.cniNode(n, path)
+	if root == nil {
 		return
 	}
-	if warning != "" {
-		d.fault(n, path, "%s; read as if it were right, but a cluster refuses it", warning)
-		d.faults[len(d.faults)-1].Severity = Warning
+	nad.Config = config
+	d.cni = true
+	defer func() { d.cni = false }()
+	var plugins []pair // path and node of each
+	for _, p := range d.pairs(root, path) {
+		if !strings.EqualFold(p.key, "plugins") {
+			continue
+		}
+		d.list(p.val, path+".plugins", maxList, func(n *yaml.Node, at string) {
+			plugins = append(plugins, pair{at, n.Line, n})
+		})
 	}
-	nad.Config, nad.Type = config, cni.Type
-	if nad.Type == "" && len(cni.Plugins) > 0 {
-		nad.Type = cni.Plugins[0].Type
+	if len(plugins) == 0 {
+		plugins = []pair{{path, root.Line, root}}
+	}
+	nad.Type = d.pluginType(plugins[0])
+	if !slices.Contains(ServedTypes, nad.Type) {
+		return // whoever refers to it is told
+	}
+	nad.Switch = d.plugin(plugins[0], nad.Type)
+	for _, p := range plugins[1:] {
+		d.chained(p, nad.Switch)
 	}
 }
 
-// mendJSON corrects the two slips that examples of CNI configurations in the wild have: no comma between two members
-// (put in), and one after the last (taken out). Sound JSON comes back as it is. The warning names the first slip.
-func mendJSON(in []byte) (out []byte, warning string) {
-	if json.Valid(in) {
-		return in, ""
-	}
-	say := func(what string, at int) {
-		if warning == "" {
-			warning = fmt.Sprintf("JSON with a comma %s at character %d", what, at+1)
-		}
-	}
-	out = make([]byte, 0, len(in)+8)
-	value := false // a value or key has just ended, and nothing has followed
-	comma := -1    // place in out of a comma that nothing has followed yet
-	for i := 0; i < len(in); i++ {
-		switch c := in[i]; c {
-		case ' ', '\t', '\r', '\n':
-			out = append(out, c)
-			continue
-		case ',', ':':
-			if c == ',' {
-				comma = len(out)
-			}
-			out, value = append(out, c), false
-			continue
-		case '}', ']':
-			if comma >= 0 {
-				say("too many", i)
-				out[comma] = ' '
-			}
-			out, value = append(out, c), true
-		default:
-			end := tokenEnd(in, i)
-			if value {
-				say("missing", i)
-				out = append(out, ',')
-			}
-			out = append(out, in[i:end]...)
-			value = c != '{' && c != '['
-			i = end - 1
-		}
-		comma = -1
-	}
-	if !json.Valid(out) {
-		return in, "" // some other slip: let the JSON reader say which
-	}
-	return out, warning
+func (d *decoder) pluginType(p pair) (name string) {
+	d.object(p.val, p.key, false, fields{"type": func(n *yaml.Node, at string) { name = d.text(n, at) }})
+	return name
 }
 
-// tokenEnd returns the end of the string, the number, the word or the bracket that starts at i.
-func tokenEnd(in []byte, i int) int {
-	switch in[i] {
-	case '{', '[':
-		return i + 1
-	case '"':
-		for j := i + 1; j < len(in); j++ {
-			switch in[j] {
-			case '\\':
-				j++
-			case '"':
-				return j + 1
+// ignored are keys that mean nothing here.
+func ignored(keys ...string) fields {
+	f := fields{}
+	for _, k := range keys {
+		f[k] = func(*yaml.Node, string) {}
+	}
+	return f
+}
+
+// plugin reads the configuration of a served type.
+func (d *decoder) plugin(p pair, kind string) *Switch {
+	s := &Switch{OVS: kind == "ovs", Native: true}
+	before := len(d.faults)
+	var dns resolvers
+	f := ignored("cniVersion", "cniVersions", "name", "type", "plugins", "capabilities", "args", "runtimeConfig", "prevResult", "disableCheck")
+	maps.Copy(f, fields{
+		"bridge": func(n *yaml.Node, at string) { s.Bridge = d.text(n, at) },
+		"vlan":   func(n *yaml.Node, at string) { s.VLAN = d.vlan(n, at, 0) },
+		"mtu":    func(n *yaml.Node, at string) { s.MTU = d.mtu(n, at) },
+		"dns":    func(n *yaml.Node, at string) { d.resolvers(n, at, &dns) },
+		"ipam":   func(n *yaml.Node, at string) { s.IPAM = d.ipam(n, at) },
+	})
+	trunk := func(n *yaml.Node, at string) { s.Trunk = d.trunk(n, at) }
+	if s.OVS {
+		maps.Copy(f, ignored("ovn_port", "interface_type", "deviceID", "ofport_request", "configuration_path", "socket_file",
+			"link_state_check_retries", "link_state_check_interval"))
+		f["trunk"] = trunk
+	} else {
+		maps.Copy(f, d.bridgeFields(s))
+		f["vlanTrunk"] = trunk
+	}
+	d.object(p.val, p.key, true, f)
+	if s.IPAM != nil {
+		s.IPAM.add(dns)
+	}
+	faulty := len(d.faults) > before
+	switch {
+	case s.Bridge == "" && s.OVS && !faulty:
+		d.fault(&yaml.Node{Line: p.line}, p.key+".bridge", "type ovs needs the name of its bridge; add \"bridge\": \"br1\"")
+	case s.Bridge == "" && !s.OVS:
+		s.Bridge = "cni0" // the plugin's own default
+	}
+	if s.VLAN != 0 && len(s.Trunk) > 0 && !s.OVS {
+		d.fault(&yaml.Node{Line: p.line}, p.key+".vlanTrunk", "a port of a bridge has vlan or vlanTrunk, not both; remove one")
+	}
+	return s
+}
+
+// bridgeFields are the keys of the bridge plugins alone.
+func (d *decoder) bridgeFields(s *Switch) fields {
+	// A switch of sidewire's has no address and no kernel behind it: what makes the node a router is not there.
+	without := func(what string) func(*yaml.Node, string) {
+		return func(n *yaml.Node, at string) {
+			if d.boolean(n, at) {
+				d.warn(n, at, "not done: %s", what)
 			}
 		}
-		return len(in)
 	}
-	for j := i + 1; j < len(in); j++ {
-		if strings.IndexByte(" \t\r\n,:{}[]\"", in[j]) >= 0 {
-			return j
+	f := ignored("promiscMode", "forceAddress", "enabledad", "disableContainerInterface", "ipMasqBackend")
+	maps.Copy(f, fields{
+		"macspoofchk":         func(n *yaml.Node, at string) { s.SpoofCheck = d.boolean(n, at) },
+		"preserveDefaultVlan": func(n *yaml.Node, at string) { s.Native = d.boolean(n, at) },
+		"isGateway":           without("the switch has no address of its own; a gateway has to be a guest or behind the uplink"),
+		"isDefaultGateway":    without("the switch has no address of its own; a gateway has to be a guest or behind the uplink"),
+		"ipMasq":              without("the switch does not translate addresses; use masquerade: {} on the pod network"),
+		"hairpinMode":         without("no frame goes back to the port that it came from"),
+		"portIsolation": func(n *yaml.Node, at string) {
+			if d.boolean(n, at) {
+				d.fault(n, at, "not supported yet: ports that do not reach each other; remove it")
+			}
+		},
+	})
+	return f
+}
+
+// chained reads a plugin that runs after the one that makes the interface.
+func (d *decoder) chained(p pair, s *Switch) {
+	kind := d.pluginType(p)
+	if kind != "tuning" {
+		d.warn(&yaml.Node{Line: p.line}, p.key+".type", "plugin %q is not run: it would change a link of the kernel's, and there is none", kind)
+		return
+	}
+	d.object(p.val, p.key, false, fields{"mtu": func(n *yaml.Node, at string) {
+		if m := d.mtu(n, at); m != 0 {
+			s.MTU = m
 		}
+	}})
+}
+
+func (d *decoder) mtu(n *yaml.Node, path string) int {
+	v := d.number(n, path)
+	if v != 0 && (v < minMTU || v > maxMTU) {
+		d.fault(n, path, "an MTU must be between %d and %d bytes; leave it out for that of the uplink, or 1500", minMTU, maxMTU)
+		return 0
 	}
-	return len(in)
+	return int(v)
+}
+
+// MTUs that a guest's NIC can have.
+const (
+	minMTU = 68
+	maxMTU = 65535
+	// maxVLAN is the last VLAN that frames can be tagged with.
+	maxVLAN = 4094
+)
+
+func (d *decoder) vlan(n *yaml.Node, path string, least int64) uint16 {
+	v := d.number(n, path)
+	if v < least || v > maxVLAN {
+		d.fault(n, path, "VLAN %d must be between %d and %d", v, least, maxVLAN)
+		return 0
+	}
+	return uint16(v)
+}
+
+// trunk reads VLANs: {"id": 42} or {"minID": 100, "maxID": 200} each.
+func (d *decoder) trunk(n *yaml.Node, path string) (vlans []uint16) {
+	set := map[uint16]bool{}
+	d.list(n, path, maxVLAN, func(n *yaml.Node, at string) {
+		var id, first, last uint16
+		before := len(d.faults)
+		d.object(n, at, true, fields{
+			"id":    func(n *yaml.Node, at string) { id = d.vlan(n, at, 1) },
+			"minID": func(n *yaml.Node, at string) { first = d.vlan(n, at, 1) },
+			"maxID": func(n *yaml.Node, at string) { last = d.vlan(n, at, 1) },
+		})
+		switch {
+		case len(d.faults) > before:
+		case (first == 0) != (last == 0):
+			d.fault(n, at, "minID and maxID belong together; give both, or id alone")
+		case first > last:
+			d.fault(n, at, "minID %d is larger than maxID %d", first, last)
+		case id == 0 && first == 0:
+			d.fault(n, at, "no VLAN in it; write {\"id\": 42} or {\"minID\": 100, \"maxID\": 200}")
+		}
+		if id != 0 {
+			set[id] = true
+		}
+		for v := first; v != 0 && v <= last; v++ {
+			set[v] = true
+		}
+	})
+	return slices.Sorted(maps.Keys(set))
 }

@@ -3,6 +3,7 @@ package vmi
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"fmt"
 	"net"
 	"net/netip"
 	"strings"
@@ -30,7 +31,7 @@ type Interface struct {
 	Name       string // of the interface and its network
 	Binding    Binding
 	Model      string           // never empty
-	MAC        net.HardwareAddr // 6 bytes, or nil if none was given
+	MAC        net.HardwareAddr // 6 bytes, or nil if none was given; a Multus network's bridge always has one
 	QueuePairs int              // 1 to 128
 
 	Network       Network
@@ -51,6 +52,9 @@ type Network struct {
 	Default     bool   // the pod network, or a Multus network in its place
 	NetworkName string // of a Multus network: "name" or "namespace/name"
 	Link        string // the pod's link by KubeVirt's naming: eth0, or pod and 11 digits of a hash
+	Ordinal     string // the same by the naming of older releases: net1, net2, ...; empty for eth0
+	NAD         *NAD   // of a Multus network with a bridge, else nil
+	Lease       *Lease // what the definition's ipam gives the guest, nil for nothing
 
 	CIDR, CIDR6       netip.Prefix // host bits masked
 	Gateway, Gateway6 netip.Addr   // base + 1
@@ -81,10 +85,29 @@ type PrivateOption struct {
 // Plan resolves every VMI. The docs must have passed [Validate]; values that do not parse come out as defaults.
 func Plan(docs Docs) []VM {
 	vms := make([]VM, 0, len(docs.VMIs))
+	leases, _ := docs.leases()
 	for i := range docs.VMIs {
-		vms = append(vms, docs.VMIs[i].plan())
+		v := &docs.VMIs[i]
+		vm := v.plan()
+		for j := range vm.Interfaces {
+			if p := &vm.Interfaces[j]; p.Binding == Bridge && p.Network.NetworkName != "" {
+				p.Network.NAD, p.Network.Lease = docs.nadOf(v, p.Network.NetworkName), leases[[2]int{i, j}]
+				if p.MAC == nil {
+					p.MAC = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name)
+				}
+			}
+		}
+		vms = append(vms, vm)
 	}
 	return vms
+}
+
+// stableMAC makes a hardware address of names: locally administered, and the same for the same names, so that a guest
+// that is started again is the same to itself and to others.
+func stableMAC(names ...string) net.HardwareAddr {
+	sum := sha256.Sum256([]byte(strings.Join(names, "/")))
+	sum[0] = sum[0]&^1 | 2
+	return net.HardwareAddr(sum[:6:6])
 }
 
 func (v *VMI) plan() VM {
@@ -144,11 +167,18 @@ func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
 	for _, x := range f.Ports {
 		p.Ports = append(p.Ports, Port{Name: x.Name, Protocol: protocolOr(x.Protocol), Port: uint16(x.Port)})
 	}
+	ordinal := 1
 	for i := range s.Networks {
 		if s.Networks[i].Name == f.Name {
 			p.Network, p.NetworkNumber = s.Networks[i].plan(), i
 			break
 		}
+		if m := s.Networks[i].Multus; m != nil && !m.Default {
+			ordinal++
+		}
+	}
+	if p.Network.NetworkName != "" && !p.Network.Default {
+		p.Network.Ordinal = fmt.Sprintf("net%d", ordinal)
 	}
 	return p
 }

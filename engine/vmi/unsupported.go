@@ -1,7 +1,7 @@
 package vmi
 
-// Unsupported lists what is right by [Validate] but cannot be served by this release. It shrinks as bindings are
-// added; every entry is one `if`.
+// Unsupported lists what is right by [Validate] but cannot be served: not by this release, or not with the
+// definitions that are given. It shrinks as bindings are added; every entry is one `if`.
 func Unsupported(docs Docs) []Fault {
 	var faults []Fault
 	for i := range docs.VMIs {
@@ -18,12 +18,20 @@ func Unsupported(docs Docs) []Fault {
 			faults = append(faults, v.fault(Warning, v.istio, "%s", v.istioMissing()))
 		}
 		for j := range v.Spec.Interfaces {
-			unsupportedInterface(&v.Spec.Interfaces[j], v.interfacePath(j), say)
+			f := &v.Spec.Interfaces[j]
+			k, multus := v.multusOf(f)
+			unsupportedInterface(f, v.interfacePath(j), multus != nil, say)
+			if multus == nil || !f.has(Bridge) || multus.NetworkName == "" {
+				continue
+			}
+			at := v.networkPath(k) + ".multus"
+			if multus.Default {
+				say(at+".default", "a Multus network in the place of the pod network; remove default: true")
+			} else if text := docs.attachFault(v, multus.NetworkName); text != "" && len(faults) < maxFaults {
+				faults = append(faults, v.fault(Error, at+".networkName", "%s", text))
+			}
 		}
 		for j, n := range v.Spec.Networks {
-			if n.Multus != nil {
-				say(v.networkPath(j)+".multus", "a Multus network; use pod: {}")
-			}
 			if n.Pod != nil && n.Pod.CIDR6 != "" && len(faults) < maxFaults {
 				faults = append(faults, v.fault(Warning, v.networkPath(j)+".pod.vmIPv6NetworkCIDR",
 					"not supported yet: the guest's IPv6 is not carried, its IPv4 is"))
@@ -33,13 +41,18 @@ func Unsupported(docs Docs) []Fault {
 			}
 		}
 	}
-	return faults
+	_, full := docs.leases()
+	return append(faults, full...)
 }
 
-func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
+func unsupportedInterface(f *InterfaceSpec, at string, multus bool, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
 		case Masquerade:
+		case Bridge:
+			if !multus {
+				say(at+".bridge", "a bridge on the pod network; use masquerade: {}, or a Multus network")
+			}
 		case PluginBound:
 			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
 		default:

@@ -70,6 +70,7 @@ func Validate(docs Docs, opts Options) []Fault {
 		}
 	}
 	faults = append(faults, across(docs)...)
+	faults = append(faults, sameNADs(docs)...)
 	if len(faults) > maxFaults {
 		faults = faults[:maxFaults]
 	}

@@ -389,7 +389,6 @@ func TestUnsupported(t *testing.T) {
 		i0 + ".state: not supported yet: state down; use up",
 		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
 		i1 + ".portRanges: not supported yet: port ranges; list the ports",
-		"spec.networks[1].multus: not supported yet: a Multus network; use pod: {}",
 	}, lines(Unsupported(docs)))
 
 	docs, err = Parse("v.yaml", []byte(two("name: a\nmasquerade: {}", "name: b\nmasquerade: {}", "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}", podA)))

@@ -1,0 +1,123 @@
+package vmi
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// nadOf finds the definition that a VMI's networkName means: one in the VMI's own namespace unless it names another.
+func (docs *Docs) nadOf(v *VMI, networkName string) *NAD {
+	key := nadKey(v, networkName)
+	for i := range docs.NADs {
+		if docs.NADs[i].Key() == key {
+			return &docs.NADs[i]
+		}
+	}
+	return nil
+}
+
+func nadKey(v *VMI, networkName string) string {
+	if strings.Contains(networkName, "/") {
+		return networkName
+	}
+	return namespaceOr(v.Namespace) + "/" + networkName
+}
+
+// attachFault says why a definition cannot be served, "" if it can. It is about networks that a bridge binding uses.
+func (docs *Docs) attachFault(v *VMI, networkName string) string {
+	nad := docs.nadOf(v, networkName)
+	switch {
+	case nad == nil && len(docs.NADs) == 0:
+		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given, nor is another; add its file with --nad FILE", nadKey(v, networkName))
+	case nad == nil:
+		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given; given are %s. Add its file with --nad FILE, or name one of them",
+			nadKey(v, networkName), docs.nadList())
+	case nad.Config == nil:
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no spec.config that can be read", nad.Key(), nad.place())
+	case nad.Switch == nil:
+		return fmt.Sprintf("not supported yet: NetworkAttachmentDefinition %s (%s) is of type %q; served types are %s",
+			nad.Key(), nad.place(), nad.Type, strings.Join(ServedTypes, ", "))
+	}
+	return ""
+}
+
+// nadList names the definitions that there are.
+func (docs *Docs) nadList() string {
+	const most = 10
+	var names []string
+	for i := range docs.NADs {
+		if len(names) == most {
+			return fmt.Sprintf("%s and %d more", strings.Join(names, ", "), len(docs.NADs)-most)
+		}
+		n := &docs.NADs[i]
+		names = append(names, fmt.Sprintf("%s (%s)", n.Key(), n.place()))
+	}
+	return strings.Join(names, ", ")
+}
+
+// sameNADs finds names that two definitions have. The same one twice, as where a file is given with -f and --nad, is no
+// harm.
+func sameNADs(docs Docs) (faults []Fault) {
+	first := map[string]*NAD{}
+	for i := range docs.NADs {
+		n := &docs.NADs[i]
+		other := first[n.Key()]
+		switch {
+		case other == nil:
+			first[n.Key()] = n
+		case !slices.Equal(n.Config, other.Config) && len(faults) < maxFaults:
+			faults = append(faults, Fault{Field: "metadata.name", Severity: Error, File: n.File, Line: n.Line,
+				Message: oneLine(fmt.Sprintf("NetworkAttachmentDefinition %s is in %s too, with another configuration; remove one", n.Key(), other.place()))})
+		}
+	}
+	return faults
+}
+
+// leases gives every interface whose definition has an ipam its address, by the places of VMI and interface, in order.
+// Definitions that name the same bridge and VLAN are one network, and so is one definition in several namespaces: there
+// no two guests get the same.
+func (docs *Docs) leases() (leases map[[2]int]*Lease, faults []Fault) {
+	leases = map[[2]int]*Lease{}
+	taken := map[string]bool{}
+	for i := range docs.VMIs {
+		v := &docs.VMIs[i]
+		for j := range v.Spec.Interfaces {
+			f := &v.Spec.Interfaces[j]
+			k, network := v.multusOf(f)
+			if network == nil || !f.has(Bridge) {
+				continue
+			}
+			nad := docs.nadOf(v, network.NetworkName)
+			if nad == nil || nad.Switch == nil || nad.Switch.IPAM == nil || len(nad.Switch.IPAM.Ranges) == 0 {
+				continue
+			}
+			s := nad.Switch
+			byName := func(a netip.Addr) string { return nad.Key() + " " + a.String() }
+			byVLAN := func(a netip.Addr) string { return fmt.Sprintf("%v %s %d %s", s.OVS, s.Bridge, s.VLAN, a) }
+			l, ok := s.IPAM.Lease(func(a netip.Addr) bool { return taken[byName(a)] || taken[byVLAN(a)] })
+			if !ok {
+				if len(faults) < maxFaults {
+					faults = append(faults, v.fault(Error, v.networkPath(k)+".multus.networkName",
+						"no address is left in NetworkAttachmentDefinition %s (%s) for interface %q; enlarge its range", nad.Key(), nad.place(), f.Name))
+				}
+				continue
+			}
+			a := l.Address.Addr()
+			taken[byName(a)], taken[byVLAN(a)] = true, true
+			leases[[2]int{i, j}] = &l
+		}
+	}
+	return leases, faults
+}
+
+// multusOf is the Multus network of an interface and its place; nil if it has none.
+func (v *VMI) multusOf(f *InterfaceSpec) (int, *MultusSpec) {
+	for k := range v.Spec.Networks {
+		if n := &v.Spec.Networks[k]; n.Name == f.Name {
+			return k, n.Multus
+		}
+	}
+	return 0, nil
+}

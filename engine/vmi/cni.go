@@ -1,0 +1,283 @@
+package vmi
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Theory of operation: a CNI configuration is JSON inside a text of a YAML document. It is turned into the nodes that
+// the YAML of the same content would have, each with its line in the file, so that one decoder serves both and a fault
+// names the line that has to be mended, whatever way the text is quoted.
+
+// cniText is the JSON of a configuration and its place in the file.
+type cniText struct {
+	d        *decoder
+	n        *yaml.Node // the text
+	json     []byte     // sound
+	inserted []int      // places in json of commas that the text does not have
+}
+
+// cniNode reads the JSON that a text holds. It returns nil after a fault, or where there is no text.
+func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []byte) {
+	text := d.text(n, path)
+	if strings.TrimSpace(text) == "" {
+		return nil, nil
+	}
+	n = d.resolve(n)
+	if n == nil {
+		return nil, nil
+	}
+	t := cniText{d: d, n: n}
+	var what string
+	var at int
+	t.json, t.inserted, what, at = mendJSON([]byte(text))
+	if what != "" {
+		line, col := d.place(n, at)
+		d.warn(&yaml.Node{Line: line}, path, "JSON with a comma %s at line %d, column %d; read as if it were right, but a cluster refuses it", what, line, col)
+	}
+	if err := json.Unmarshal(t.json, new(json.RawMessage)); err != nil {
+		offset := len(text)
+		if s := new(json.SyntaxError); errors.As(err, &s) {
+			offset = min(max(int(s.Offset)-1, 0), len(text))
+		}
+		line, col := d.place(n, offset)
+		d.fault(&yaml.Node{Line: line}, path, "not JSON at line %d, column %d: %v", line, col, err)
+		return nil, nil
+	}
+	dec := json.NewDecoder(bytes.NewReader(t.json))
+	dec.UseNumber()
+	root, err := t.node(dec, 0)
+	if err != nil {
+		d.fault(n, path, "not the JSON of a CNI configuration: %v", err)
+		return nil, nil
+	}
+	return root, t.json
+}
+
+var errTooDeep = errors.New("nested too deep")
+
+// node reads one value.
+func (t *cniText) node(dec *json.Decoder, depth int) (*yaml.Node, error) {
+	if depth > maxDepth {
+		return nil, errTooDeep
+	}
+	if t.d.budget--; t.d.budget < 0 {
+		return nil, errors.New("too long")
+	}
+	n := &yaml.Node{}
+	n.Line, n.Column = t.where(dec.InputOffset())
+	tok, err := dec.Token()
+	if err != nil {
+		return nil, err
+	}
+	switch v := tok.(type) {
+	case json.Delim:
+		n.Kind = yaml.SequenceNode
+		if v == '{' {
+			n.Kind = yaml.MappingNode
+		}
+		for dec.More() {
+			c, err := t.node(dec, depth+1) // of a mapping the keys too
+			if err != nil {
+				return nil, err
+			}
+			n.Content = append(n.Content, c)
+		}
+		if _, err := dec.Token(); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+	case string:
+		n.Kind, n.Tag, n.Value, n.Style = yaml.ScalarNode, "!!str", v, yaml.DoubleQuotedStyle
+	case json.Number:
+		n.Kind, n.Tag, n.Value = yaml.ScalarNode, "!!float", v.String()
+		if !strings.ContainsAny(n.Value, ".eE") {
+			n.Tag = "!!int"
+		}
+	case bool:
+		n.Kind, n.Tag, n.Value = yaml.ScalarNode, "!!bool", fmt.Sprint(v)
+	default:
+		n.Kind, n.Tag, n.Value = yaml.ScalarNode, "!!null", "null"
+	}
+	return n, nil
+}
+
+// where is the place in the file of the value that follows an offset in the JSON.
+func (t *cniText) where(offset int64) (line, col int) {
+	i := int(offset)
+	for i < len(t.json) && strings.IndexByte(" \t\r\n,:", t.json[i]) >= 0 {
+		i++
+	}
+	for k := len(t.inserted) - 1; k >= 0; k-- {
+		if t.inserted[k] < i {
+			i -= k + 1
+			break
+		}
+	}
+	return t.d.place(t.n, i)
+}
+
+// place is the line and the column, from 1, at which the byte at an offset of a text stands in the file. The text of
+// the node and the file differ in white space and escapes only, so what is neither is counted in both.
+func (d *decoder) place(n *yaml.Node, offset int) (line, col int) {
+	want := 0
+	for _, r := range n.Value[:min(offset, len(n.Value))] {
+		if !unicode.IsSpace(r) {
+			want++
+		}
+	}
+	w := rawWalk{raw: d.raw, line: 1, col: 1}
+	for w.line < n.Line && w.next() {
+	}
+	for w.line == n.Line && w.col < n.Column && w.next() {
+	}
+	switch {
+	case n.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0:
+		for w.line == n.Line && w.next() {
+		}
+	case n.Style&yaml.SingleQuotedStyle != 0:
+		w.quote = '\''
+	case n.Style&yaml.DoubleQuotedStyle != 0:
+		w.quote = '"'
+	}
+	for q := w.quote; q != 0 && w.more() && w.raw[w.at] != q && w.next(); {
+	}
+	if w.quote != 0 {
+		w.next()
+	}
+	for w.more() {
+		line, col = w.line, w.col
+		if w.solid() {
+			if want == 0 {
+				return line, col
+			}
+			want--
+		}
+	}
+	return max(line, n.Line), max(col, 1)
+}
+
+// rawWalk goes through a file's bytes.
+type rawWalk struct {
+	raw       []byte
+	at        int
+	line, col int
+	quote     byte // of the text that it is in, 0 outside of quotes
+}
+
+func (w *rawWalk) more() bool { return w.at < len(w.raw) }
+
+// next passes one character.
+func (w *rawWalk) next() bool {
+	if !w.more() {
+		return false
+	}
+	_, size := utf8.DecodeRune(w.raw[w.at:])
+	w.col++
+	if w.raw[w.at] == '\n' {
+		w.line, w.col = w.line+1, 1
+	}
+	w.at += size
+	return true
+}
+
+// solid passes one character of the text, however it is written, and says whether it is more than white space.
+func (w *rawWalk) solid() bool {
+	r, _ := utf8.DecodeRune(w.raw[w.at:])
+	w.next()
+	switch {
+	case w.quote == '\'' && r == '\'':
+		w.next() // a quote is written twice
+	case w.quote == '"' && r == '\\' && w.more():
+		c := w.raw[w.at]
+		w.next()
+		for n := map[byte]int{'x': 2, 'u': 4, 'U': 8}[c]; n > 0; n-- {
+			w.next()
+		}
+		return strings.IndexByte("nrtvf \tNLP_\n\r", c) < 0
+	}
+	return !unicode.IsSpace(r)
+}
+
+// mendJSON corrects the two slips that examples of CNI configurations in the wild have: no comma between two members
+// (put in, at the places that inserted tells), and one after the last (taken out). Sound JSON comes back as it is. What
+// and at say of the first slip that a comma is missing or too many before that byte of in.
+func mendJSON(in []byte) (out []byte, inserted []int, what string, at int) {
+	if json.Valid(in) {
+		return in, nil, "", 0
+	}
+	say := func(w string, i int) {
+		if what == "" {
+			what, at = w, i
+		}
+	}
+	out = make([]byte, 0, len(in)+8)
+	value := false // a value or key has just ended, and nothing has followed
+	comma := -1    // place in out of a comma that nothing has followed yet
+	for i := 0; i < len(in); i++ {
+		switch c := in[i]; c {
+		case ' ', '\t', '\r', '\n':
+			out = append(out, c)
+			continue
+		case ',', ':':
+			if c == ',' {
+				comma = len(out)
+			}
+			out, value = append(out, c), false
+			continue
+		case '}', ']':
+			if comma >= 0 {
+				say("too many", i)
+				out[comma] = ' '
+			}
+			out, value = append(out, c), true
+		default:
+			end := tokenEnd(in, i)
+			if value {
+				say("missing", i)
+				inserted = append(inserted, len(out))
+				out = append(out, ',')
+			}
+			out = append(out, in[i:end]...)
+			value = c != '{' && c != '['
+			i = end - 1
+		}
+		comma = -1
+	}
+	if !json.Valid(out) {
+		return in, nil, "", 0 // some other slip: let the JSON reader say which
+	}
+	return out, slices.Clip(inserted), what, at
+}
+
+// tokenEnd returns the end of the string, the number, the word or the bracket that starts at i.
+func tokenEnd(in []byte, i int) int {
+	switch in[i] {
+	case '{', '[':
+		return i + 1
+	case '"':
+		for j := i + 1; j < len(in); j++ {
+			switch in[j] {
+			case '\\':
+				j++
+			case '"':
+				return j + 1
+			}
+		}
+		return len(in)
+	}
+	for j := i + 1; j < len(in); j++ {
+		if strings.IndexByte(" \t\r\n,:{}[]\"", in[j]) >= 0 {
+			return j
+		}
+	}
+	return len(in)
+}
