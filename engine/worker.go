@@ -144,13 +144,11 @@ func (w *Worker) serve(l *layout, v *view, qe *queueEntry, now int64) (n int) {
 	defer w.rescue(l, v, qe)
 	b := &w.batch
 	b.Reset(now)
+	in := qe.in
+	b.In = in.id
 	n = qe.q.Pull(b)
 	if n == 0 {
 		return 0
-	}
-	in := qe.in
-	for i := range b.Len() {
-		b.Frame(i).In = in.id
 	}
 	for _, s := range in.stages {
 		s.Process(b)

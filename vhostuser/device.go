@@ -57,6 +57,11 @@ type Config struct {
 	// MAC is the device's address in the configuration space; zero leaves it
 	// to the frontend.
 	MAC frame.MAC
+	// Snapshot is how many bytes of a frame from the guest are private (see
+	// frame.Frame) at least: what the port's stages read. Zero is
+	// frame.HeadSize. Of short frames and those with offloads it is as much as
+	// there may be.
+	Snapshot int
 	// NoGuestTSO withholds GUEST_TSO4/6, for guests that cannot take long
 	// frames although they say so (XDP).
 	NoGuestTSO bool
@@ -155,6 +160,9 @@ func NewDevice(c Config) (*Device, error) {
 	case c.MAC[0]&1 != 0:
 		return nil, fmt.Errorf("device %s: %x is a group address", c.Name, c.MAC)
 	}
+	if c.Snapshot <= 0 || c.Snapshot > frame.HeadSize {
+		c.Snapshot = frame.HeadSize
+	}
 	if c.SocketMode == 0 {
 		c.SocketMode = 0o600
 	}
@@ -169,7 +177,7 @@ func NewDevice(c Config) (*Device, error) {
 	}
 	d.rxSet.Store(new(rxSet))
 	for i := range c.QueuePairs {
-		p := &Pair{dev: d, index: uint16(i), watched: -1}
+		p := &Pair{dev: d, index: uint16(i), snap: c.Snapshot, watched: -1}
 		p.rx.pair = p
 		d.pairs = append(d.pairs, p)
 	}

@@ -24,12 +24,13 @@ type Watcher interface {
 type Pair struct {
 	dev   *Device
 	index uint16
+	snap  int // how much of a frame is private at least
 	tx    atomic.Pointer[txState]
 	rx    rxRing
 
 	// The worker's own: what was popped and not yet put.
 	cur   *txState
-	heads [frame.BatchSize]uint16
+	bufs  [frame.BatchSize]virtq.Buf
 	n     int
 	bytes int
 
@@ -61,7 +62,13 @@ func (p *Pair) Pull(b *frame.Batch) int {
 	if st == nil {
 		return 0
 	}
-	for p.n < len(p.heads) && p.pop(st, b) {
+	for p.n < len(p.bufs) {
+		if n := st.q.PopRun(virtq.Readable, p.bufs[p.n:]); n > 0 {
+			p.n += n
+			p.run(st, b, p.bufs[p.n-n:p.n])
+		} else if !p.pop(st, b) {
+			break
+		}
 	}
 	n := b.Len()
 	if n > 0 {
@@ -86,7 +93,7 @@ func (p *Pair) pop(st *txState, b *frame.Batch) bool {
 		p.dev.breakRing(st.ring, st.q.Err())
 		return false
 	}
-	p.heads[p.n] = c.Head
+	p.bufs[p.n] = virtq.Buf{Head: c.Head}
 	p.n++
 	switch {
 	case status == virtq.Bad:
@@ -100,6 +107,53 @@ func (p *Pair) pop(st *txState, b *frame.Batch) bool {
 	}
 	return true
 }
+
+// run makes frames of chains of one buffer each.
+func (p *Pair) run(st *txState, b *frame.Batch, bufs []virtq.Buf) {
+	if !st.enabled {
+		p.count.drops[frame.QueueStopped].Add(uint64(len(bufs)))
+		return
+	}
+	for i := range bufs {
+		buf := bufs[i].B
+		n := len(buf) - st.hdr
+		switch {
+		case n < frame.EthernetLen:
+			p.count.drop(frame.ShortFrame)
+			continue
+		case n > frame.MaxLen:
+			p.count.drop(frame.OversizeFrame)
+			continue
+		}
+		f := b.Next()
+		f.Offload.Decode(buf)
+		data := buf[st.hdr:]
+		f.Len, f.Queue, f.Token = int32(n), p.index, uint32(bufs[i].Head)
+		snap := p.snap
+		if f.Flags|f.GSO != 0 || n <= wholeMax {
+			snap = frame.HeadSize
+		}
+		if n <= snap {
+			f.HeadLen = uint16(copy(f.Head[:], data))
+		} else {
+			f.HeadLen = uint16(copy(f.Head[:snap], data))
+			f.Tail = append(b.Segs(1), data[snap:])
+		}
+		if f.Flags|f.GSO != 0 || n > st.max {
+			if r := st.check(f); r != frame.ReasonNone {
+				p.count.drop(r)
+				b.TrimSegs(min(len(f.Tail), 1))
+				b.Undo()
+				continue
+			}
+		}
+		p.bytes += n
+	}
+}
+
+// wholeMax is the length up to which a frame is private as a whole: to copy a
+// part of it would save nothing.
+const wholeMax = 64
 
 // add makes a frame of a chain, or counts why not.
 func (p *Pair) add(st *txState, b *frame.Batch, c *virtq.Chain) {
@@ -119,7 +173,11 @@ func (p *Pair) add(st *txState, b *frame.Batch, c *virtq.Chain) {
 	segs := take(hdr[:st.hdr], c.Segs)
 	f.Offload.Decode(hdr[:])
 	f.Len = int32(n)
-	f.HeadLen = uint16(min(n, frame.HeadSize))
+	snap := p.snap
+	if f.Flags|f.GSO != 0 || n <= wholeMax {
+		snap = frame.HeadSize
+	}
+	f.HeadLen = uint16(min(n, snap))
 	f.Tail = take(f.Head[:f.HeadLen], segs)
 	f.Queue, f.Token = p.index, uint32(c.Head)
 	if r := st.check(f); r != frame.ReasonNone {
@@ -183,8 +241,12 @@ func (p *Pair) Release(*frame.Batch) {
 	if st == nil || n == 0 {
 		return
 	}
-	for _, h := range p.heads[:n] {
-		st.q.Put(h, 0)
+	if st.q.Logged() {
+		for i := range p.bufs[:n] {
+			st.q.Put(p.bufs[i].Head, 0)
+		}
+	} else {
+		st.q.PutRun(p.bufs[:n])
 	}
 	st.q.Publish()
 	if st.q.NeedsNotify() || st.onEmpty && st.q.Avail() == 0 {

@@ -192,7 +192,7 @@ func (r *ring) publish() {
 func (x *rxRing) set(q *virtq.Queue, r *ring, feats uint64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.n, x.used, x.dirty = 0, 0, false
+	x.n, x.used, x.running, x.filled, x.dirty = 0, 0, 0, 0, false
 	// Guest memory is left to the workers, which survive a fault in it.
 	x.fresh = q != nil && q != x.q
 	x.q, x.ring, x.feats = q, r, feats

@@ -1,6 +1,7 @@
 package vhostuser
 
 import (
+	"encoding/binary"
 	"sync"
 
 	"sidewire/engine/frame"
@@ -31,6 +32,9 @@ type rxRing struct {
 	feats   uint64
 	onEmpty bool
 
+	run           [pushMax]virtq.Buf
+	running       int      // how many of run are popped and not put
+	filled        int      // how many of these hold a frame
 	segs          [][]byte // room for one frame's buffers
 	used          int      // how much of it is taken
 	heads         [rxHeads]lent
@@ -114,11 +118,82 @@ func (r *rxRing) push(fs []*frame.Frame) {
 	}
 	defer r.settle()
 	r.begin()
-	for _, f := range fs {
-		if f.RxBufs == 0 || !r.commit(f) {
-			r.deliver(f)
+	for len(fs) > 0 {
+		n := r.deliverRun(fs)
+		if n < len(fs) {
+			if f := fs[n]; f.RxBufs == 0 || !r.commit(f) {
+				r.deliver(f)
+			}
+			n++
 		}
+		fs = fs[n:]
 	}
+}
+
+// deliverRun gives the guest frames as they are, in one buffer each, until one
+// wants something else. It returns how many it gave.
+func (r *rxRing) deliverRun(fs []*frame.Frame) (n int) {
+	for n < len(fs) && n < len(r.run) && fs[n].RxBufs == 0 && r.takesAsIs(fs[n]) {
+		n++
+	}
+	if n == 0 {
+		return 0
+	}
+	run := r.run[:r.q.PopRun(virtq.Writable, r.run[:n])]
+	r.running, r.filled = len(run), 0
+	hdr := r.hdr
+	for i := range run {
+		buf, f := &run[i], fs[i]
+		need := hdr + int(f.Len)
+		if need > len(buf.B) {
+			break
+		}
+		b := buf.B[:need]
+		if f.Flags|f.GSO == 0 {
+			binary.LittleEndian.PutUint64(b, 0)
+			if hdr == frame.VnetHdrMrgLen {
+				binary.LittleEndian.PutUint32(b[8:], 1<<16) // num_buffers is 1
+			} else {
+				binary.LittleEndian.PutUint16(b[8:], 0)
+			}
+		} else {
+			f.Offload.Encode(b[:hdr])
+		}
+		at := hdr + copy(b[hdr:], f.Head[:f.HeadLen])
+		for _, t := range f.Tail {
+			at += copy(b[at:], t)
+		}
+		buf.N = uint32(need)
+		r.bytes += uint64(f.Len)
+		r.filled = i + 1
+	}
+	return r.endRun()
+}
+
+// endRun puts the buffers of a run that hold a frame and takes the others back.
+// It returns how many it put. A fault in a sender's memory may have ended the
+// run.
+func (r *rxRing) endRun() (n int) {
+	n = r.filled
+	if r.running > n {
+		r.q.Rewind(r.running - n)
+	}
+	if n > 0 {
+		r.q.PutRun(r.run[:n])
+		r.frames += uint64(n)
+		r.dirty = true
+	}
+	r.running, r.filled = 0, 0
+	return n
+}
+
+// takesAsIs says whether the guest takes a frame without anything being done
+// to it.
+func (r *rxRing) takesAsIs(f *frame.Frame) bool {
+	if f.Flags|f.GSO == 0 {
+		return true
+	}
+	return r.feats&featGuestCSUM != 0 && (f.GSO == frame.GSONone || r.takesGSO(f.GSO))
 }
 
 // begin is called before the queue is used.
@@ -132,6 +207,7 @@ func (r *rxRing) begin() {
 // settle ends a batch: it takes back what a fault in the sender's memory left
 // half done, publishes, and interrupts the guest if it wants that.
 func (r *rxRing) settle() {
+	r.endRun()
 	r.rewind()
 	if r.dirty {
 		r.publish()

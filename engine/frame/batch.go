@@ -19,6 +19,8 @@ type Batch struct {
 	Now int64
 	// Worker is the number of the worker whose batch this is.
 	Worker int
+	// In is the port that Next's frames come from.
+	In PortID
 
 	n      int
 	nseg   int
@@ -62,7 +64,7 @@ func (b *Batch) add() *Frame {
 	f := &b.frames[b.n]
 	b.n++
 	f.Offload = Offload{}
-	f.Len, f.HeadLen, f.In, f.Out, f.Queue, f.Reason = 0, 0, 0, Drop, 0, ReasonNone
+	f.Len, f.HeadLen, f.In, f.Out, f.Queue, f.Reason = 0, 0, b.In, Drop, 0, ReasonNone
 	f.L3, f.L4, f.Proto, f.Frag, f.Token, f.Tail = 0, 0, 0, false, 0, nil
 	f.RxAt, f.RxBufs = 0, 0
 	return f

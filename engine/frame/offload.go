@@ -43,13 +43,16 @@ const (
 func (o *Offload) GSOType() uint8 { return o.GSO &^ GSOECN }
 
 // Decode reads the first VnetHdrLen bytes of b. num_buffers is not read: it
-// has no meaning from a driver (H075).
+// has no meaning from a driver (H075), nor have the others where nothing was
+// left to do. Each byte is read once.
 func (o *Offload) Decode(b []byte) {
-	_ = b[VnetHdrLen-1]
-	o.Flags, o.GSO = b[0]&(NeedsCsum|DataValid), b[1]
-	o.HdrLen = binary.LittleEndian.Uint16(b[2:])
-	o.GSOSize = binary.LittleEndian.Uint16(b[4:])
-	o.CsumStart = binary.LittleEndian.Uint16(b[6:])
+	h := binary.LittleEndian.Uint64(b)
+	if h&(0xff00|NeedsCsum|DataValid) == 0 {
+		*o = Offload{}
+		return
+	}
+	o.Flags, o.GSO = uint8(h)&(NeedsCsum|DataValid), uint8(h>>8)
+	o.HdrLen, o.GSOSize, o.CsumStart = uint16(h>>16), uint16(h>>32), uint16(h>>48)
 	o.CsumOffset = binary.LittleEndian.Uint16(b[8:])
 }
 
