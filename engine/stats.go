@@ -23,38 +23,37 @@ func add(c *atomic.Uint64, n uint64) { c.Store(c.Load() + n) }
 // count books a batch of which the first n frames came from port in.
 func (w *Worker) count(l *layout, in *portEntry, b *frame.Batch, n int) {
 	c := in.counters[w.id]
-	var bytes uint64
+	var bytes, outFrames, outBytes uint64
 	out := frame.Drop
-	var outFrames, outBytes uint64
-	flush := func() {
-		if outFrames > 0 {
-			oc := l.ports[out].counters[w.id]
-			add(&oc.outFrames, outFrames)
-			add(&oc.outBytes, outBytes)
-			outFrames, outBytes = 0, 0
-		}
-	}
 	for i := range b.Len() {
 		f := b.Frame(i)
+		size := uint64(f.Len)
 		if i < n {
-			bytes += uint64(f.Len)
+			bytes += size
 		}
-		switch f.Out {
-		case frame.Consumed:
-		case frame.Drop:
+		if f.Out != out {
+			l.countOut(w.id, out, outFrames, outBytes)
+			out, outFrames, outBytes = f.Out, 0, 0
+		}
+		if f.Out == frame.Drop {
 			add(&c.drops[f.Reason], 1)
-		default:
-			if f.Out != out {
-				flush()
-				out = f.Out
-			}
-			outFrames++
-			outBytes += uint64(f.Len)
 		}
+		outFrames++
+		outBytes += size
 	}
-	flush()
+	l.countOut(w.id, out, outFrames, outBytes)
 	add(&c.inFrames, uint64(n))
 	add(&c.inBytes, bytes)
+}
+
+// countOut books frames that went to a port.
+func (l *layout) countOut(worker int, out frame.PortID, frames, bytes uint64) {
+	if out == frame.Drop || out == frame.Consumed {
+		return
+	}
+	c := l.ports[out].counters[worker]
+	add(&c.outFrames, frames)
+	add(&c.outBytes, bytes)
 }
 
 // PortStats is what was counted for a port, over all workers. In is from the
@@ -75,6 +74,7 @@ type WorkerStats struct {
 	CPU     int    `json:"cpu"` // -1: not pinned
 	Queues  int    `json:"queues"`
 	Turns   uint64 `json:"turns"`   // that found frames
+	BusyNS  uint64 `json:"busy_ns"` // time that these took
 	Wakeups uint64 `json:"wakeups"` // ends of a sleep
 }
 
@@ -109,7 +109,7 @@ func (e *Engine) WorkerStats() []WorkerStats {
 	for i, w := range e.workers {
 		out = append(out, WorkerStats{
 			ID: i, CPU: w.cpu, Queues: len(l.views[i].queues),
-			Turns: w.turns.Load(), Wakeups: w.wakeups.Load(),
+			Turns: w.turns.Load(), BusyNS: w.busy.Load(), Wakeups: w.wakeups.Load(),
 		})
 	}
 	return out

@@ -34,6 +34,7 @@ type Worker struct {
 
 	wakeups atomic.Uint64 // returns from epoll_wait
 	turns   atomic.Uint64 // turns that found something
+	busy    atomic.Uint64 // nanoseconds that these took
 
 	touched []frame.PortID
 	batch   frame.Batch
@@ -106,13 +107,18 @@ func (w *Worker) run() {
 			w.e.log.Warn("worker not pinned", "worker", w.id, "cpu", w.cpu, "err", err)
 		}
 	}
+	now := Now()
 	for !w.stop.Load() {
-		now := Now()
 		if w.turn(now) > 0 {
-			w.turns.Store(w.turns.Load() + 1)
 			w.sleep.worked(now)
+			// One reading of the clock ends this turn and begins the next.
+			end := Now()
+			w.turns.Store(w.turns.Load() + 1)
+			w.busy.Store(w.busy.Load() + uint64(end-now))
+			now = end
 			continue
 		}
+		now = Now()
 		if w.sleep.spinning(now) {
 			w.sleep.yield()
 			continue
@@ -123,6 +129,7 @@ func (w *Worker) run() {
 		}
 		w.wait()
 		w.disarm()
+		now = Now()
 	}
 }
 
@@ -162,18 +169,23 @@ func (w *Worker) serve(l *layout, v *view, qe *queueEntry, now int64) (n int) {
 // push groups the batch by egress port, keeping the order within each, and
 // gives every port its group.
 func (w *Worker) push(l *layout, v *view, b *frame.Batch) {
+	// Frames for one port mostly follow each other.
+	var list *[]*frame.Frame
+	last := frame.Drop
 	for i := range b.Len() {
 		f := b.Frame(i)
 		if f.Out == frame.Drop || f.Out == frame.Consumed {
 			continue
 		}
-		if int(f.Out) >= len(l.ports) || l.ports[f.Out] == nil {
-			f.Drop(frame.PortGone)
-			continue
-		}
-		list := &v.lists[f.Out]
-		if len(*list) == 0 {
-			w.touched = append(w.touched, f.Out)
+		if f.Out != last {
+			if int(f.Out) >= len(l.ports) || l.ports[f.Out] == nil {
+				f.Drop(frame.PortGone)
+				continue
+			}
+			last, list = f.Out, &v.lists[f.Out]
+			if len(*list) == 0 {
+				w.touched = append(w.touched, f.Out)
+			}
 		}
 		*list = append(*list, f)
 	}
