@@ -111,8 +111,13 @@ func startSidewire(t *testing.T, w *enginetest.World, vmi string, flags ...strin
 
 func (p *process) start(w *enginetest.World, flags ...string) {
 	p.t.Helper()
-	args := append([]string{"run", "-f", p.vmi, "--netns", w.Pod.Path, "--socket-dir", p.dir, "--resolv-conf", w.ResolvConf}, flags...)
-	p.cmd = sidewireCommand(args...)
+	p.launch(sidewireCommand(append([]string{"run", "-f", p.vmi, "--netns", w.Pod.Path, "--socket-dir", p.dir, "--resolv-conf", w.ResolvConf}, flags...)...))
+}
+
+// launch starts the program and waits until it is ready.
+func (p *process) launch(cmd *exec.Cmd) {
+	p.t.Helper()
+	p.cmd = cmd
 	p.cmd.Stderr = p.log
 	out, err := p.cmd.StdoutPipe()
 	require.NoError(p.t, err)

@@ -190,12 +190,12 @@ func TestQueuePairsAndWorkers(t *testing.T) {
 }
 
 func TestWorkers(t *testing.T) {
-	nics := []*nic{{iface: vmi.Interface{QueuePairs: 1}}, {iface: vmi.Interface{QueuePairs: 1}}}
-	one, both := []*pod{{nics: nics[:1]}}, []*pod{{nics: nics[:1]}, {nics: nics[1:]}}
-	assert.Equal(t, 1, workers(one, nil), "one queue pair, one worker")
-	assert.Equal(t, 4, workers(both, []int{0, 1, 2, 3}), "a list fixes the number")
-	nics[0].iface.QueuePairs = 4096
-	assert.LessOrEqual(t, workers(both, nil), 4096/2, "no more than processors")
+	one := &podNIC{nic: nic{iface: vmi.Interface{QueuePairs: 1}}}
+	more := &lanNIC{nic: nic{iface: vmi.Interface{QueuePairs: 1}}}
+	assert.Equal(t, 1, workers([]served{one}, nil), "one queue pair, one worker")
+	assert.Equal(t, 4, workers([]served{one, more}, []int{0, 1, 2, 3}), "a list fixes the number")
+	more.iface.QueuePairs = 4096
+	assert.LessOrEqual(t, workers([]served{one, more}, nil), 4096/2, "no more than processors")
 }
 
 // H107: another user is not heard, even where the socket's mode lets it in.

@@ -21,7 +21,7 @@ import (
 type pod struct {
 	netns string
 	link  string
-	nics  []*nic
+	nics  []*podNIC
 
 	host   *uplink.Pod
 	up     *uplink.Uplink
@@ -45,7 +45,7 @@ func (p *pod) name() string {
 var aliasBase = netip.MustParseAddr("169.254.64.0")
 
 // add puts another guest behind the pod's address.
-func (p *pod) add(n *nic) error {
+func (p *pod) add(n *podNIC) error {
 	n.pod, n.index = p, len(p.nics)
 	net := n.iface.Network
 	n.guestIP, n.gateway = net.Guest, netip.PrefixFrom(net.Gateway, net.CIDR.Bits())
@@ -85,7 +85,7 @@ func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func()
 			return err
 		}
 	}
-	if err := p.wire(s.engine); err != nil {
+	if err := p.wire(s); err != nil {
 		return err
 	}
 	go p.nat.Run(ctx, engine.Now)
@@ -154,7 +154,8 @@ func (p *pod) linkChanged(log *slog.Logger, l uplink.LinkStatus) {
 }
 
 // wire joins ports, stages and workers.
-func (p *pod) wire(e *engine.Engine) error {
+func (p *pod) wire(s *server) error {
+	e := s.engine
 	up, err := e.AddPort(p.name()+" uplink", p.up)
 	if err != nil {
 		return err
@@ -185,7 +186,7 @@ func (p *pod) wire(e *engine.Engine) error {
 		e.AddQueue(up, q, w)
 	}
 	for _, n := range p.nics {
-		if err := n.wire(e); err != nil {
+		if err := n.wire(s); err != nil {
 			return err
 		}
 	}

@@ -60,15 +60,32 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 	return nil
 }
 
-// linkMTU is the MTU of the host link of an interface's network, 0 if it
-// cannot be seen from here.
+// linkMTU is the MTU of an interface's network, 0 if it cannot be seen from
+// here.
 func linkMTU(o *options, vm vmi.VM, i vmi.Interface) (mtu int) {
-	_ = uplink.InNetNS(netnsOf(o, vm), func() error {
-		l, err := netlink.LinkByName(o.uplinkOf(i.Name))
-		if err == nil {
-			mtu = l.Attrs().MTU
+	names := []string{o.uplinkOf(i.Name)}
+	if nad := i.Network.NAD; nad != nil {
+		if nad.Switch.MTU != 0 {
+			return nad.Switch.MTU
 		}
-		return err
+		if names = o.lanUplinks(i); len(names) == 0 {
+			cni, err := cniLink(netnsOf(o, vm), i.Network)
+			if err != nil {
+				return 0
+			}
+			if cni == "" {
+				return defaultMTU
+			}
+			names = []string{cni}
+		}
+	}
+	_ = uplink.InNetNS(netnsOf(o, vm), func() error {
+		for _, name := range names {
+			if l, err := netlink.LinkByName(name); err == nil && (mtu == 0 || l.Attrs().MTU < mtu) {
+				mtu = l.Attrs().MTU
+			}
+		}
+		return nil
 	})
 	return mtu
 }

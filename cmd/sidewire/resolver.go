@@ -52,7 +52,7 @@ type ResolverStatus struct {
 }
 
 // newResolver reads the resolv.conf of the pod.
-func newResolver(o *options, n *nic, log *slog.Logger) (*resolver, error) {
+func newResolver(o *options, n *podNIC, log *slog.Logger) (*resolver, error) {
 	r := &resolver{
 		path: resolvConf(o, n.pod.netns), netns: n.pod.netns, tap: uplink.TapName(n.pod.link, n.index), gateway: n.gateway.Addr(),
 		log: log.With("interface", n.name()),

@@ -59,28 +59,32 @@ type server struct {
 	started time.Time
 	path    string
 	engine  *engine.Engine
-	pods    []*pod
+	turn    int // of the worker that gets the next queue pair
 
-	mu      sync.Mutex // guards closers
+	mu      sync.Mutex // guards what follows
+	open    []served   // in the order of the files
+	lans    []*lan
 	closers []func() error
 }
 
 // start builds everything up; whatever it built is taken down again if it
 // fails.
 func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *server, err error) {
-	s = &server{log: log, started: time.Now(), path: "packet"}
+	s = &server{log: log, started: time.Now(), path: "none"}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.stop())
 			s = nil
 		}
 	}()
-	if o.path == "socket" {
-		return s, cannot("--path socket is not built yet: use --path packet with CAP_NET_ADMIN and CAP_NET_RAW")
-	}
-	pods, err := planPods(o, vms)
+	p, err := planAll(o, vms)
 	if err != nil {
 		return s, err
+	}
+	if len(p.pods) > 0 {
+		if s.path = "packet"; o.path == "socket" {
+			return s, cannot("--path socket is not built yet: use --path packet with CAP_NET_ADMIN and CAP_NET_RAW")
+		}
 	}
 	// The control socket comes first: it tells whether another sidewire is here.
 	stopControl, err := serveControl(ctx, o.controlPath(), s, log)
@@ -96,22 +100,27 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if err != nil {
 		return s, err
 	}
-	s.engine, err = engine.New(engine.Config{Workers: workers(pods, cpus), CPUs: cpus, Poll: mode, Log: log})
+	s.engine, err = engine.New(engine.Config{Workers: workers(p.all, cpus), CPUs: cpus, Poll: mode, Log: log})
 	if err != nil {
 		return s, machineError{err}
 	}
 	var once sync.Once
 	stopEngine := func() error { once.Do(s.engine.Close); return nil }
 	s.onStop(stopEngine)
-	for _, p := range pods {
+	for _, p := range p.pods {
 		if err := p.open(ctx, s, o, stopEngine); err != nil {
 			return s, fmt.Errorf("%s: %w", p.name(), err)
 		}
-		s.mu.Lock()
-		s.pods = append(s.pods, p)
-		s.mu.Unlock()
 	}
-	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(s.interfaces()), "control", o.controlPath())
+	for _, l := range p.lans {
+		if err := l.open(ctx, s, o, stopEngine); err != nil {
+			return s, fmt.Errorf("%s: %w", l.guests(), err)
+		}
+	}
+	s.mu.Lock()
+	s.open, s.lans = p.all, p.lans
+	s.mu.Unlock()
+	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(p.all), "control", o.controlPath())
 	return s, nil
 }
 
@@ -135,17 +144,22 @@ func (s *server) stop() error {
 	return errors.Join(errs...)
 }
 
+// nextWorker shares the queue pairs out.
+func (s *server) nextWorker() int {
+	w := s.turn % s.engine.Workers()
+	s.turn++
+	return w
+}
+
 // workers is how many the interfaces get: one per queue pair where there are
 // processors for it. A list of processors fixes it.
-func workers(pods []*pod, cpus []int) int {
+func workers(all []served, cpus []int) int {
 	if len(cpus) > 0 {
 		return len(cpus)
 	}
 	pairs := 0
-	for _, p := range pods {
-		for _, n := range p.nics {
-			pairs += n.iface.QueuePairs
-		}
+	for _, n := range all {
+		pairs += n.base().iface.QueuePairs
 	}
 	usable := 1
 	var set unix.CPUSet
@@ -153,32 +167,4 @@ func workers(pods []*pod, cpus []int) int {
 		usable = max(1, set.Count())
 	}
 	return max(1, min(pairs, usable))
-}
-
-// planPods makes a pod of every address that interfaces are to be behind.
-func planPods(o *options, vms []vmi.VM) ([]*pod, error) {
-	var pods []*pod
-	places := map[string]*pod{}
-	for _, vm := range vms {
-		for _, i := range vm.Interfaces {
-			netns, link := netnsOf(o, vm), o.uplinkOf(i.Name)
-			p := places[netns+" "+link]
-			if p == nil {
-				p = &pod{netns: netns, link: link}
-				places[netns+" "+link] = p
-				pods = append(pods, p)
-			}
-			n := &nic{vm: vm, iface: i, socket: o.socketPath(vm.Name, i.Name)}
-			if err := p.add(n); err != nil {
-				return nil, err
-			}
-			if err := checkSocketPath(n.socket); err != nil {
-				return nil, err
-			}
-		}
-	}
-	if len(pods) == 0 {
-		return nil, badInput("the VMIs have no interface to serve")
-	}
-	return pods, nil
 }

@@ -24,11 +24,12 @@ import (
 // Status is what a running sidewire says of itself.
 type Status struct {
 	API        string               `json:"api"`
-	Path       string               `json:"path"` // way out of masquerade
+	Path       string               `json:"path"` // way out of masquerade; "none" where nothing is masqueraded
 	Uptime     float64              `json:"uptime_seconds"`
 	Memory     uint64               `json:"memory_bytes"` // that sidewire owns, without the guests'
 	Workers    []engine.WorkerStats `json:"workers"`
 	Interfaces []InterfaceStatus    `json:"interfaces"`
+	Switches   []SwitchStatus       `json:"switches,omitempty"`
 	Ports      []engine.PortStats   `json:"ports"`
 }
 
@@ -36,12 +37,13 @@ type Status struct {
 type InterfaceStatus struct {
 	Name       string              `json:"name"` // VMI/INTERFACE
 	Binding    string              `json:"binding"`
-	Path       string              `json:"path"`
-	Link       string              `json:"link"`
-	Links      []uplink.LinkStatus `json:"links"` // that one and those that sidewire made
-	Pod        netip.Addr          `json:"pod"`
-	Guest      netip.Addr          `json:"guest"`
-	Gateway    netip.Addr          `json:"gateway"`
+	Path       string              `json:"path,omitempty"`
+	Switch     *PortStatus         `json:"switch,omitempty"` // of a Multus network
+	Link       string              `json:"link,omitempty"`   // of the pod network
+	Links      []uplink.LinkStatus `json:"links"`            // that one and those that sidewire made, or the switch's uplinks
+	Pod        netip.Addr          `json:"pod,omitzero"`
+	Guest      netip.Addr          `json:"guest,omitzero"` // what it is leased
+	Gateway    netip.Addr          `json:"gateway,omitzero"`
 	Alias      *netip.Addr         `json:"alias,omitempty"` // the guest's address to the pod, if another
 	MAC        string              `json:"mac,omitempty"`   // the guest's, as given or as seen
 	LinkState  string              `json:"linkState"`       // up while a frontend is connected: so the guest sees it
@@ -51,8 +53,8 @@ type InterfaceStatus struct {
 	Device     vhostuser.Status    `json:"device"`
 	Leases     []dhcp.LeaseInfo    `json:"leases"`
 	DHCP       dhcp.Stats          `json:"dhcp"`
-	DNS        ResolverStatus      `json:"dns"`
-	NAT        nat.Stats           `json:"nat"`
+	DNS        ResolverStatus      `json:"dns,omitzero"`
+	NAT        *nat.Stats          `json:"nat,omitempty"`
 	Forwards   []forwardRequest    `json:"forwards"` // null: everything
 }
 
@@ -62,22 +64,38 @@ func (s *server) Status() Status {
 	if s.engine != nil {
 		st.Workers, st.Ports = s.engine.WorkerStats(), s.engine.PortStats()
 	}
-	for _, n := range s.interfaces() {
-		device, nat := n.device.Status(), n.pod.nat.Stats()
-		var alias *netip.Addr
-		if n.aliased {
-			alias = &n.guestIP
-		}
-		st.Interfaces = append(st.Interfaces, InterfaceStatus{
-			Alias: alias,
-			Name:  n.name(), Binding: string(n.iface.Binding), Path: s.path, Link: n.pod.link, Links: n.pod.links.Status(),
-			Pod: n.pod.host.Addr(), Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway,
-			MAC: nat.Guests[n.index].MAC, LinkState: linkState(device.State),
-			MTU: n.pod.host.MTU(), QueueCount: n.iface.QueuePairs, Socket: n.socket,
-			Device: device, Leases: n.dhcp.Leases(), DHCP: n.dhcp.Stats(), DNS: n.dns.status(), NAT: nat,
-			Forwards: n.forwards(),
-		})
+	open, lans := s.serving()
+	for _, n := range open {
+		st.Interfaces = append(st.Interfaces, n.status(s))
 	}
+	for _, l := range lans {
+		st.Switches = append(st.Switches, l.status())
+	}
+	return st
+}
+
+// status is what all interfaces have in common.
+func (n *nic) status() InterfaceStatus {
+	st := InterfaceStatus{
+		Name: n.name(), Binding: string(n.iface.Binding), QueueCount: n.iface.QueuePairs, Socket: n.socket,
+		Device: n.device.Status(), Leases: []dhcp.LeaseInfo{},
+	}
+	st.LinkState = linkState(st.Device.State)
+	if n.dhcp != nil {
+		st.Leases, st.DHCP = n.dhcp.Leases(), n.dhcp.Stats()
+	}
+	return st
+}
+
+func (n *podNIC) status(s *server) InterfaceStatus {
+	st := n.nic.status()
+	nat := n.pod.nat.Stats()
+	if n.aliased {
+		st.Alias = &n.guestIP
+	}
+	st.Path, st.Link, st.Links, st.Pod, st.MTU = s.path, n.pod.link, n.pod.links.Status(), n.pod.host.Addr(), n.pod.host.MTU()
+	st.Guest, st.Gateway, st.MAC = n.iface.Network.Guest, n.iface.Network.Gateway, nat.Guests[n.index].MAC
+	st.DNS, st.NAT, st.Forwards = n.dns.status(), &nat, n.forwards()
 	return st
 }
 
@@ -100,27 +118,25 @@ func ownMemory() uint64 {
 	return kib << 10
 }
 
-func (s *server) interfaces() []*nic {
+// serving is what is served, nothing while the server starts.
+func (s *server) serving() ([]served, []*lan) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var nics []*nic
-	for _, p := range s.pods {
-		nics = append(nics, p.nics...)
-	}
-	return nics
+	return s.open, s.lans
 }
 
 // Forwards implements controller.
 func (s *server) Forwards() map[string][]forwardRequest {
 	out := map[string][]forwardRequest{}
-	for _, n := range s.interfaces() {
-		out[n.name()] = n.forwards()
+	open, _ := s.serving()
+	for _, n := range open {
+		out[n.base().name()] = n.forwards()
 	}
 	return out
 }
 
 // forwards are the ports that are forwarded; nil is all of them.
-func (n *nic) forwards() []forwardRequest {
+func (n *podNIC) forwards() []forwardRequest {
 	ports := n.pod.host.Ports(n.index)
 	if ports == nil {
 		return nil
@@ -131,6 +147,9 @@ func (n *nic) forwards() []forwardRequest {
 	}
 	return out
 }
+
+// forwards of a switch's port is everything.
+func (n *lanNIC) forwards() []forwardRequest { return nil }
 
 // AddForward implements controller.
 func (s *server) AddForward(r forwardRequest) error {
@@ -156,8 +175,9 @@ func (s *server) RemoveForward(r forwardRequest) error {
 	return n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
 }
 
-// find returns the interface that a request means.
-func (s *server) find(r forwardRequest) (*nic, uint8, error) {
+// find returns the interface that a request means, which may leave it out
+// where there is one that ports are forwarded to.
+func (s *server) find(r forwardRequest) (*podNIC, uint8, error) {
 	proto, err := protoNumber(r.Protocol)
 	if err != nil {
 		return nil, 0, err
@@ -165,19 +185,28 @@ func (s *server) find(r forwardRequest) (*nic, uint8, error) {
 	if r.Port == 0 {
 		return nil, 0, badInput("port 0 cannot be forwarded: give one from 1 to 65535")
 	}
-	nics := s.interfaces()
+	var found []*podNIC
 	var names []string
-	for _, n := range nics {
-		if n.name() != r.Interface && (r.Interface != "" || len(nics) != 1) {
-			names = append(names, n.name())
-			continue
+	open, _ := s.serving()
+	for _, n := range open {
+		pod, ok := n.(*podNIC)
+		switch {
+		case ok && (r.Interface == "" || r.Interface == pod.name()):
+			found = append(found, pod)
+		case n.base().name() == r.Interface:
+			return nil, 0, badInput("%s is on a switch: whatever is sent to the guest's own address gets there, nothing is forwarded", r.Interface)
 		}
-		if n.pod.host.Ports(n.index) == nil {
-			return nil, 0, badInput("%s has no list of ports: every port is forwarded already", n.name())
+		if ok {
+			names = append(names, pod.name())
 		}
-		return n, proto, nil
 	}
-	return nil, 0, badInput("no interface %q; there are: %s", r.Interface, strings.Join(names, ", "))
+	switch {
+	case len(found) != 1:
+		return nil, 0, badInput("no interface %q that ports are forwarded to; there are: %s", r.Interface, strings.Join(names, ", "))
+	case found[0].pod.host.Ports(found[0].index) == nil:
+		return nil, 0, badInput("%s has no list of ports: every port is forwarded already", found[0].name())
+	}
+	return found[0], proto, nil
 }
 
 // controlFlags are those of the commands that talk to a running sidewire.
@@ -220,23 +249,36 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "\n%s\t%s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.QueueCount, i.MTU)
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  guest\t%s, link %s, %d KiB for each queue pair\n", orElse(i.MAC, "not seen yet"), i.LinkState, pairMemory(i.Device)>>10)
+		if i.Switch != nil {
+			printPort(w, i)
+			continue
+		}
 		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
 		if i.Alias != nil {
 			fmt.Fprintf(w, "  \tto the pod's processes the guest is %s\n", i.Alias)
 		}
 		fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
-		for _, l := range i.Leases {
-			fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))
-		}
+		printLeases(w, i)
 		fmt.Fprintf(w, "  names\t%s\n", i.DNS)
 		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
-		fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
+		if i.NAT != nil {
+			fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
+		}
+	}
+	for _, sw := range st.Switches {
+		printSwitch(w, sw)
 	}
 	fmt.Fprintf(w, "\nport\tin\tout\tdropped\n")
 	for _, p := range st.Ports {
 		fmt.Fprintf(w, "%s\t%d frames, %d bytes\t%d frames, %d bytes\t%s\n", p.Name, p.InFrames, p.InBytes, p.OutFrames, p.OutBytes, dropList(p.Drops))
 	}
 	return w.Flush()
+}
+
+func printLeases(w io.Writer, i InterfaceStatus) {
+	for _, l := range i.Leases {
+		fmt.Fprintf(w, "  lease\t%s to %s %s\n", l.Addr, l.MAC, strconv.Quote(l.Hostname))
+	}
 }
 
 // pairMemory is what a queue pair takes of our memory, the largest of them.

@@ -17,6 +17,7 @@ func validateCommand(_ context.Context, args []string, out, errw io.Writer) erro
 	var asJSON bool
 	fs := newFlags("validate", errw)
 	fs.Var(&files, "f", "`FILE` with VMIs, VMs or NetworkAttachmentDefinitions; may be repeated")
+	fs.Var(&files, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
 	fs.BoolVar(&asJSON, "json", false, "print the faults as JSON")
 	if err := parse(fs, args); err != nil {
 		return err
