@@ -1,135 +1,172 @@
-// Command perf measures whole paths beside their peers: one TCP stream of a
-// native-speed guest through sidewire's masquerade and through the kernel's
-// own way for the same guest, interleaved round by round.
+// Command perf measures whole paths beside their peers: packets from guest to
+// guest beside DPDK and Open vSwitch, streams and requests of a guest of native
+// speed through sidewire's masquerade beside the kernel's own way.
+//
+// A [trial] is one path through several subjects, measured in rounds; a
+// [subject] is sidewire or a peer. What measures is never ours: the guests of
+// the packet paths are dpdk-testpmd, those of the streams the kernel.
 package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"os/signal"
-	"runtime"
-	"sort"
-	"text/tabwriter"
+	"path/filepath"
+	"regexp"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// path is one way from the guest to the outside.
-type path struct {
-	name string
-	// open builds it up; the guest has its address when it returns.
-	open func(mtu int) (*rig, error)
+// options are the flags.
+type options struct {
+	quick   bool
+	only    string
+	rounds  int
+	seconds float64
+	flags   string
+	against string
+	out     string
+	list    bool
 }
 
-// rate is how fast a stream was, and what a gigabyte of it cost in processor
-// seconds: of the whole machine, and of the backend's process.
-type rate struct{ gbps, machine, backend float64 }
-
-// sample is what one round measured of one path.
-type sample struct{ up, down rate }
-
 func main() {
-	rounds := flag.Int("rounds", 5, "rounds; each measures every path, both ways")
-	seconds := flag.Int("seconds", 3, "seconds of each stream")
-	mtu := flag.Int("mtu", 1500, "MTU of the pod's link")
-	flags := flag.String("flags", "", "further flags for sidewire run")
-	against := flag.String("against", "", "another sidewire program to measure beside, to see what a change brought")
+	if f := inside[first(os.Args[1:])]; f != nil {
+		if err := f(os.Args[2:]); err != nil {
+			fmt.Fprintln(os.Stderr, "perf:", err)
+			os.Exit(2)
+		}
+		return
+	}
+	var o options
+	flag.BoolVar(&o.quick, "quick", false, "the cells that say most, in less than three minutes")
+	flag.StringVar(&o.only, "only", "", "`REGEXP` of the titles to measure, out of all; see -list")
+	flag.IntVar(&o.rounds, "rounds", 0, "`N` rounds, each with every subject (default 5, quick 1)")
+	flag.Float64Var(&o.seconds, "seconds", 0, "`SECONDS` of each measurement (default 2, quick 1)")
+	flag.StringVar(&o.flags, "flags", "", "further flags for sidewire run")
+	flag.StringVar(&o.against, "against", "", "another sidewire `PROGRAM` to measure beside, to see what a change brought")
+	flag.StringVar(&o.out, "out", filepath.Join("perf", "report"), "`DIR` for the report")
+	flag.BoolVar(&o.list, "list", false, "list the titles and what is missing, and measure nothing")
 	flag.Parse()
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *rounds, *seconds, *mtu, *flags, *against); err != nil {
+	if err := run(ctx, o); err != nil {
 		fmt.Fprintln(os.Stderr, "perf:", err)
 		os.Exit(2)
 	}
 }
 
-func run(ctx context.Context, rounds, seconds, mtu int, flags, against string) error {
-	binary, cleanup, err := buildSidewire(ctx)
+// inside are the programs that the harness starts itself as, in processes of
+// their own.
+var inside = map[string]func(args []string) error{
+	"inner": runInner,
+}
+
+func first(args []string) string {
+	if len(args) == 0 {
+		return ""
+	}
+	return args[0]
+}
+
+func run(ctx context.Context, o options) error {
+	o.defaults()
+	only, err := regexp.Compile(o.only)
+	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	p := programs{against: o.against, flags: o.flags}
+	if p.self, err = os.Executable(); err != nil {
+		return err
+	}
+	d := time.Duration(o.seconds * float64(time.Second))
+	trials := pick(p.packetTrials(packetCells(o.quick && o.only == ""), d), only)
+	if len(trials) == 0 {
+		return errors.New("nothing to measure: no title matches -only")
+	}
+	if o.list {
+		return list(os.Stdout, trials)
+	}
+	dir, err := os.MkdirTemp("", "swperf")
 	if err != nil {
 		return err
 	}
-	defer cleanup()
-	paths := []path{
-		{"sidewire", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
-		{"kernel (tap, bridge, nftables)", openKernel},
-		{"sidewire again (A/A)", func(mtu int) (*rig, error) { return openSidewire(binary, flags, mtu) }},
+	defer os.RemoveAll(dir)
+	if p.sidewire, err = buildSidewire(ctx, dir); err != nil {
+		return err
 	}
-	if against != "" {
-		paths = append(paths, path{against, func(mtu int) (*rig, error) { return openSidewire(against, flags, mtu) }})
-	}
-	samples := make([][]sample, len(paths))
-	for r := range rounds {
-		for i := range paths {
-			k := (i + r) % len(paths) // nobody is always first
-			s, err := measure(ctx, paths[k], seconds, mtu)
-			if err != nil {
-				return fmt.Errorf("%s: %w", paths[k].name, err)
-			}
-			samples[k] = append(samples[k], s)
-			fmt.Fprintf(os.Stderr, "round %d/%d %-32s up %6.2f down %6.2f Gbit/s\n", r+1, rounds, paths[k].name, s.up.gbps, s.down.gbps)
-		}
-	}
-	return report(paths, samples, mtu)
+	putBack := reserveHugepages()
+	defer putBack()
+	return measureAll(ctx, o, trials)
 }
 
-func measure(ctx context.Context, p path, seconds, mtu int) (s sample, err error) {
-	r, err := p.open(mtu)
+// measureAll runs the trials and writes what was measured, also when it was
+// ended before its time.
+func measureAll(ctx context.Context, o options, trials []*trial) error {
+	m := describe()
+	bar := newProgress(os.Stderr, isTerminal(os.Stderr))
+	r := newResult(m, o.rounds, runTrials(ctx, trials, o.rounds, bar))
+	r.markdown(os.Stdout)
+	if err := r.write(o.out); err != nil {
+		return fmt.Errorf("report: %w", err)
+	}
+	bar.line("written: %s", filepath.Join(o.out, "report.{md,json,html}"))
+	return ctx.Err()
+}
+
+func (o *options) defaults() {
+	rounds, seconds := 5, 2.0
+	if o.quick {
+		rounds, seconds = 1, 1
+	}
+	if o.rounds == 0 {
+		o.rounds = rounds
+	}
+	if o.seconds == 0 {
+		o.seconds = seconds
+	}
+}
+
+func pick(trials []*trial, only *regexp.Regexp) (out []*trial) {
+	for _, t := range trials {
+		if only.MatchString(t.Title) {
+			out = append(out, t)
+		}
+	}
+	return out
+}
+
+func list(w io.Writer, trials []*trial) error {
+	for _, t := range trials {
+		fmt.Fprintln(w, t.Title)
+		for _, s := range t.Subjects {
+			if err := t.missing[s]; err != nil {
+				fmt.Fprintf(w, "\t%s: %v\n", s, err)
+			} else {
+				fmt.Fprintf(w, "\t%s\n", s)
+			}
+		}
+	}
+	return nil
+}
+
+// buildSidewire builds the program that is measured.
+func buildSidewire(ctx context.Context, dir string) (string, error) {
+	path := filepath.Join(dir, "sidewire")
+	out, err := exec.CommandContext(ctx, "go", "build", "-o", path, "sidewire/cmd/sidewire").CombinedOutput()
 	if err != nil {
-		return s, err
+		return "", fmt.Errorf("build: %w: %s", err, out)
 	}
-	defer r.close()
-	if s.up, err = r.stream(ctx, seconds, false); err != nil {
-		return s, err
-	}
-	s.down, err = r.stream(ctx, seconds, true)
-	return s, err
+	return path, nil
 }
 
-// spread is the median and the range of a figure.
-func spread(xs []float64) (med, lo, hi float64) {
-	xs = append([]float64(nil), xs...)
-	sort.Float64s(xs)
-	return xs[len(xs)/2], xs[0], xs[len(xs)-1]
-}
-
-func report(paths []path, samples [][]sample, mtu int) error {
-	var u unix.Utsname
-	_ = unix.Uname(&u)
-	fmt.Printf("One TCP stream, MTU %d, %d processors, Linux %s, %s, %s\n", mtu, runtime.NumCPU(),
-		unix.ByteSliceToString(u.Release[:]), runtime.Version(), time.Now().Format("2006-01-02"))
-	w := tabwriter.NewWriter(os.Stdout, 0, 4, 2, ' ', 0)
-	for _, way := range []struct {
-		name string
-		of   func(sample) rate
-	}{
-		{"guest to outside", func(s sample) rate { return s.up }},
-		{"outside to guest", func(s sample) rate { return s.down }},
-	} {
-		fmt.Fprintf(w, "\n%s\tGbit/s\tratio\tCPU s/GB, machine\tratio\tCPU s/GB, backend\tratio\n", way.name)
-		for i, p := range paths {
-			fmt.Fprint(w, p.name)
-			for _, f := range []func(rate) float64{
-				func(r rate) float64 { return r.gbps }, func(r rate) float64 { return r.machine }, func(r rate) float64 { return r.backend },
-			} {
-				var xs, ratios []float64
-				for r := range samples[i] {
-					x := f(way.of(samples[i][r]))
-					// Ratios are taken round by round against the first path, so
-					// that what the machine did in that round cancels out.
-					xs, ratios = append(xs, x), append(ratios, x/f(way.of(samples[0][r])))
-				}
-				fmt.Fprintf(w, "\t%s\t%s", text(xs), text(ratios))
-			}
-			fmt.Fprintln(w)
-		}
-	}
-	return w.Flush()
-}
-
-func text(xs []float64) string {
-	m, lo, hi := spread(xs)
-	return fmt.Sprintf("%.2f (%.2f-%.2f)", m, lo, hi)
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+	return err == nil
 }
