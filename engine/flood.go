@@ -56,8 +56,12 @@ type flood struct {
 // floodWork is a worker's room to put frames aside.
 type floodWork struct {
 	list [frame.BatchMax]*frame.Frame
+	vlan [frame.BatchMax]uint16 // noVLAN: for nobody
 	kept [frame.BatchMax]kept
 }
+
+// noVLAN is no VLAN's number.
+const noVLAN = 0xffff
 
 // kept is a frame before a member changed it.
 type kept struct {
@@ -86,33 +90,49 @@ func (fl *flood) Push(worker int, fs []*frame.Frame) {
 
 func (fl *flood) push(worker int, fs []*frame.Frame) {
 	w := fl.workers[worker]
+	v := fl.sw.view.Load()
 	for i, f := range fs {
 		f.RxAt, f.RxBufs = 0, 0 // it is not for the owner of those alone
+		w.vlan[i] = noVLAN
+		if in := v.member(f.In); in != nil {
+			w.vlan[i], _ = in.classify(f)
+		}
 		w.kept[i].keep(f)
 	}
-	v := fl.sw.view.Load()
 	l := fl.sw.e.layout.Load()
 	for _, m := range v.members {
 		if int(m.id) >= len(l.ports) || l.ports[m.id] == nil {
 			continue
 		}
-		n := 0
-		for _, f := range fs {
-			if f.In != m.id {
-				w.list[n] = f
-				n++
+		if list := w.choose(m, l.ports[m.id].counters[worker], fs); len(list) > 0 {
+			l.ports[m.id].port.Push(worker, list)
+			l.ports[m.id].countPush(worker, list)
+			for i, f := range fs {
+				w.kept[i].restore(f)
 			}
 		}
-		if n == 0 {
+	}
+}
+
+// choose lists the frames that a member gets, in the form that it gets them.
+func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.Frame {
+	n := 0
+	for i, f := range fs {
+		if f.In == m.id || w.vlan[i] == noVLAN || !m.members.has(w.vlan[i]) {
 			continue
 		}
-		pe := l.ports[m.id]
-		pe.port.Push(worker, w.list[:n])
-		pe.countPush(worker, w.list[:n])
-		for i, f := range fs {
-			w.kept[i].restore(f)
+		if m.steer != nil {
+			f.Queue = m.steer.queue(flowHash(f))
 		}
+		if r := m.retag(f, w.vlan[i], nil); r != frame.ReasonNone {
+			add(&c.drops[r], 1)
+			w.kept[i].restore(f)
+			continue
+		}
+		w.list[n] = f
+		n++
 	}
+	return w.list[:n]
 }
 
 // countPush books what became of frames that were given to one port of many.

@@ -50,7 +50,11 @@ type SwitchPort struct {
 	// SpoofCheck drops frames whose source is not MAC. The address is then the
 	// port's alone: no other port of its VLANs can take it.
 	SpoofCheck bool
-	// CheckARP also drops ARP and ND frames that name another sender than MAC.
+	// CheckARP, with SpoofCheck, also drops ARP and ND frames that name another
+	// sender than MAC, and those of which it cannot be told (ND in fragments, or
+	// behind more extension headers than fit into Head). It reads up to 128
+	// bytes; where the port's snapshot is shorter they are copied one by one,
+	// so a pair whose guest sends much IPv6 had better hold them in Head.
 	CheckARP bool
 	// Access is the VLAN of untagged frames, which leave untagged; 0 is none.
 	Access uint16
@@ -95,6 +99,8 @@ type switchView struct {
 	ports   []*member // by PortID; nil where there is none
 	members []*member // in the order of joining
 	vlans   bool      // some member knows VLANs
+	steers  bool      // some member has several queue pairs
+	shared  vlanSet   // VLANs that have more than one member
 }
 
 // member returns the member that has an ID, or nil.
@@ -112,7 +118,9 @@ type member struct {
 	portVLANs
 	mac    uint64 // that it must use, as in a fdbKey; 0: any
 	arp    bool
+	slow   bool // frames need more than a look at their addresses
 	uplink bool
+	steer  *steering // nil: one queue pair
 	owner  *owner
 	bucket bucket
 	counts []*memberCounts // by worker
@@ -173,11 +181,12 @@ func (s *Switch) newMember(c SwitchPort) (*member, error) {
 		return nil, err
 	}
 	mac := macKey(c.MAC, 0)
-	m := &member{sw: s, id: c.Port, portVLANs: vlans, uplink: c.Uplink}
+	m := &member{sw: s, id: c.Port, portVLANs: vlans, uplink: c.Uplink, steer: newSteering(c.Queues)}
 	m.bucket.paid.Store(math.MinInt64)
 	for range s.e.workers {
 		m.counts = append(m.counts, new(memberCounts))
 	}
+	m.slow = m.steer != nil
 	limit := s.conf.MACs
 	if c.Uplink {
 		limit *= uplinkFactor
@@ -190,7 +199,7 @@ func (s *Switch) newMember(c SwitchPort) (*member, error) {
 		s.fdb.removeOwner(m.owner)
 		return nil, fmt.Errorf("spoof check with the address %s", c.MAC)
 	}
-	m.mac, m.arp = mac, c.CheckARP
+	m.mac, m.arp, m.slow = mac, c.CheckARP, m.slow || c.CheckARP
 	if err := s.fdb.pin(m.owner, c.MAC, vlans.native); err != nil {
 		s.fdb.removeOwner(m.owner)
 		return nil, err
@@ -200,12 +209,22 @@ func (s *Switch) newMember(c SwitchPort) (*member, error) {
 
 func newView(flood frame.PortID, members []*member) *switchView {
 	v := &switchView{flood: flood, members: members}
+	var seen vlanSet
 	for _, m := range members {
 		if n := int(m.id) + 1; n > len(v.ports) {
 			v.ports = append(v.ports, make([]*member, n-len(v.ports))...)
 		}
 		v.ports[m.id] = m
 		v.vlans = v.vlans || !m.plain
+		v.steers = v.steers || m.steer != nil
+		for i := range seen {
+			mine := ^uint64(0)
+			if m.members != nil {
+				mine = m.members[i]
+			}
+			v.shared[i] |= seen[i] & mine
+			seen[i] |= mine
+		}
 	}
 	return v
 }
@@ -287,14 +306,11 @@ const (
 
 // Process decides where the frames of a batch go.
 func (m *member) Process(b *frame.Batch) {
-	s := m.sw
-	v := s.view.Load()
-	t := s.fdb.table.Load()
-	sec := second(b.Now)
-	c := m.counts[b.Worker]
+	v := m.sw.view.Load()
 	if v.member(m.id) != m {
 		return // removed: nobody claims its frames
 	}
+	w := batchWork{view: v, table: m.sw.fdb.table.Load(), counts: m.counts[b.Worker], sec: second(b.Now)}
 	lastSrc, lastDst := noKey, noKey
 	var out *member
 	for i := range b.Len() {
@@ -303,59 +319,115 @@ func (m *member) Process(b *frame.Batch) {
 			continue
 		}
 		if f.HeadLen < frame.EthernetLen {
-			m.drop(f, c, frame.ShortFrame)
+			m.drop(f, &w, frame.ShortFrame)
 			continue
 		}
-		from := binary.BigEndian.Uint64(f.Head[6:14])
-		vlan := uint16(0)
-		src := fdbKey(from, vlan)
-		if src != lastSrc {
-			if r := m.source(t, src, sec, c); r != frame.ReasonNone {
-				m.drop(f, c, r)
+		from := binary.BigEndian.Uint64(f.Head[6:14]) // and the type
+		vlan := m.native
+		if !m.untagged || isTag(uint16(from)) {
+			var r frame.DropReason
+			if vlan, r = m.classify(f); r != frame.ReasonNone {
+				m.drop(f, &w, r)
+				continue
+			}
+		}
+		if src := fdbKey(from, vlan); src != lastSrc {
+			if r := m.source(src, &w); r != frame.ReasonNone {
+				m.drop(f, &w, r)
 				continue
 			}
 			lastSrc = src
 		}
+		if m.slow {
+			if r := m.inspect(f, b); r != frame.ReasonNone {
+				m.drop(f, &w, r)
+				continue
+			}
+		}
 		dst := fdbKey(binary.BigEndian.Uint64(f.Head[:8]), vlan)
 		if dst != lastDst {
-			out, lastDst = nil, dst
-			if st := t.lookup(dst); st != 0 && !st.expired(sec, s.fdb.age) {
-				out = v.member(st.port())
-			}
+			out, lastDst = m.sw.find(dst, &w), dst
 		}
 		switch {
 		case out == nil:
-			m.flood(f, b, v, c, dst)
+			m.flood(f, b, dst, &w)
 		case out == m:
-			m.drop(f, c, frame.SamePort)
+			m.drop(f, &w, frame.SamePort)
+		case v.vlans || out.steer != nil:
+			m.forward(f, b, out, vlan, &w)
 		default:
 			f.Out = out.id
 		}
 	}
 }
 
+// batchWork is what a stage needs for all frames of a batch.
+type batchWork struct {
+	view   *switchView
+	table  *fdbTable
+	counts *memberCounts
+	sec    uint32
+}
+
+// find returns the member that the station of a key is behind, or nil.
+func (s *Switch) find(key uint64, w *batchWork) *member {
+	st := w.table.lookup(key)
+	if st == 0 || st.expired(w.sec, s.fdb.age) {
+		return nil
+	}
+	return w.view.member(st.port())
+}
+
+// inspect does what only some ports ask for.
+func (m *member) inspect(f *frame.Frame, b *frame.Batch) frame.DropReason {
+	if m.arp {
+		if r := m.checkSender(f, b); r != frame.ReasonNone {
+			return r
+		}
+	}
+	if m.steer != nil {
+		widen(f, steerHead)
+		m.steer.remember(flowHash(f), uint32(f.Queue))
+	}
+	return frame.ReasonNone
+}
+
+// forward sends a frame to one member in the form that it has to have there.
+func (m *member) forward(f *frame.Frame, b *frame.Batch, out *member, vlan uint16, w *batchWork) {
+	if out.steer != nil {
+		widen(f, steerHead)
+		f.Queue = out.steer.queue(flowHash(f))
+	}
+	if r := out.retag(f, vlan, b); r != frame.ReasonNone {
+		m.drop(f, w, r)
+		return
+	}
+	f.Out = out.id
+}
+
 // source judges a source address and learns it.
-func (m *member) source(t *fdbTable, src uint64, sec uint32, c *memberCounts) frame.DropReason {
+func (m *member) source(src uint64, w *batchWork) frame.DropReason {
 	if src&groupBit != 0 || src&^0xffff == 0 {
 		return frame.BadSource
 	}
 	if m.mac != 0 && src&^0xffff != m.mac {
 		return frame.Spoofed
 	}
-	st := t.lookup(src)
+	st := w.table.lookup(src)
 	switch {
 	case st.port() != m.id && st.pinned():
-		add(&c.refused, 1)
+		add(&w.counts.refused, 1)
 	case st.port() != m.id:
-		m.learn(src, sec, c)
-	case st.sec() != sec && !st.pinned():
-		t.refresh(src, st, sec)
+		m.learn(src, w)
+	case st.sec() != w.sec && !st.pinned():
+		w.table.refresh(src, st, w.sec)
 	}
 	return frame.ReasonNone
 }
 
-func (m *member) learn(src uint64, sec uint32, c *memberCounts) {
-	switch m.sw.fdb.learn(src, m.owner, sec) {
+func (m *member) learn(src uint64, w *batchWork) {
+	c := w.counts
+	switch m.sw.fdb.learn(src, m.owner, w.sec) {
 	case learnedNew:
 		add(&c.learned, 1)
 	case learnedMove:
@@ -369,23 +441,33 @@ func (m *member) learn(src uint64, sec uint32, c *memberCounts) {
 	}
 }
 
-// flood sends a frame to all members but m, if it may.
-func (m *member) flood(f *frame.Frame, b *frame.Batch, v *switchView, c *memberCounts, dst uint64) {
-	dst &^= 0xffff
+// flood sends a frame to all members of its VLAN but m, if it may.
+func (m *member) flood(f *frame.Frame, b *frame.Batch, dst uint64, w *batchWork) {
+	dst, vlan := dst&^0xffff, uint16(dst)
 	switch {
 	case dst&linkLocalMask == linkLocal && (!m.sw.conf.LinkLocal || dst == pauseAddr):
-		m.drop(f, c, frame.LinkLocal)
-	case len(v.members) < 2:
-		m.drop(f, c, frame.NoRoute)
+		m.drop(f, w, frame.LinkLocal)
+		return
+	case !w.view.shared.has(vlan):
+		m.drop(f, w, frame.NoRoute)
+		return
 	case !m.bucket.take(m.sw.storm, b.Now):
-		m.drop(f, c, frame.Storm)
-	default:
-		f.Out = v.flood
-		add(&c.flooded, 1)
+		m.drop(f, w, frame.Storm)
+		return
 	}
+	// What needs the batch is done here: the flood port has none.
+	if w.view.steers {
+		widen(f, steerHead)
+	}
+	if w.view.vlans && !makeRoom(f, b) {
+		m.drop(f, w, frame.BatchFull)
+		return
+	}
+	f.Out = w.view.flood
+	add(&w.counts.flooded, 1)
 }
 
-func (m *member) drop(f *frame.Frame, c *memberCounts, r frame.DropReason) {
+func (m *member) drop(f *frame.Frame, w *batchWork, r frame.DropReason) {
 	f.Drop(r)
-	add(&c.drops[r], 1)
+	add(&w.counts.drops[r], 1)
 }
