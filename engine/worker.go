@@ -36,6 +36,7 @@ type Worker struct {
 	turns   atomic.Uint64 // turns that found something
 	busy    atomic.Uint64 // nanoseconds that these took
 
+	waiting bool // some queue wants to be asked again soon
 	touched []frame.PortID
 	batch   frame.Batch
 }
@@ -119,6 +120,10 @@ func (w *Worker) run() {
 			continue
 		}
 		now = Now()
+		if w.waiting {
+			w.waiting = false
+			continue
+		}
 		if w.sleep.spinning(now) {
 			w.sleep.yield()
 			continue
@@ -153,8 +158,10 @@ func (w *Worker) serve(l *layout, v *view, qe *queueEntry, now int64) (n int) {
 	b.Reset(now)
 	in := qe.in
 	b.In = in.id
-	n = qe.q.Pull(b)
-	if n == 0 {
+	if n = qe.q.Pull(b); n == 0 {
+		if b.Waiting {
+			w.waiting = true
+		}
 		return 0
 	}
 	for _, s := range in.stages {

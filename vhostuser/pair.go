@@ -3,6 +3,7 @@ package vhostuser
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"sidewire/engine/frame"
 	"sidewire/vhostuser/virtq"
@@ -33,6 +34,10 @@ type Pair struct {
 	bufs  [frame.BatchSize]virtq.Buf
 	n     int
 	bytes int
+	// heavy says that the last batch was a big one, and since when the worker
+	// lets frames wait for more, 0 while it does not.
+	heavy bool
+	since int64
 
 	mu      sync.Mutex // guards watcher and watched
 	watcher Watcher
@@ -59,7 +64,7 @@ type txState struct {
 func (p *Pair) Pull(b *frame.Batch) int {
 	st := p.tx.Load()
 	p.cur, p.n, p.bytes = st, 0, 0
-	if st == nil {
+	if st == nil || p.heavy && p.hold(st, b) {
 		return 0
 	}
 	for p.n < len(p.bufs) {
@@ -71,6 +76,7 @@ func (p *Pair) Pull(b *frame.Batch) int {
 		}
 	}
 	n := b.Len()
+	p.heavy = p.n >= heavyFrames
 	if n > 0 {
 		p.count.txFrames.Add(uint64(n))
 		p.count.txBytes.Add(uint64(p.bytes))
@@ -78,6 +84,28 @@ func (p *Pair) Pull(b *frame.Batch) int {
 		p.Release(b)
 	}
 	return n
+}
+
+// Under load, frames are left in the ring until there are enough of them for
+// the cost of a batch, ours and the guest's, to vanish among them, or for a
+// moment. When load ends, one moment is lost to it.
+const (
+	heavyFrames = 32
+	holdFrames  = 96
+	holdTime    = int64(15 * time.Microsecond)
+)
+
+// hold says whether to let frames wait for more.
+func (p *Pair) hold(st *txState, b *frame.Batch) bool {
+	if st.q.Avail() >= min(holdFrames, st.q.Size()*3/4) || p.since != 0 && b.Now-p.since >= holdTime {
+		p.since = 0
+		return false
+	}
+	if p.since == 0 {
+		p.since = b.Now
+	}
+	b.Waiting = true
+	return true
 }
 
 // pop takes one chain and reports whether to go on.

@@ -32,7 +32,7 @@ type rxRing struct {
 	feats   uint64
 	onEmpty bool
 
-	run           [pushMax]virtq.Buf
+	run           [frame.BatchSize]virtq.Buf
 	running       int      // how many of run are popped and not put
 	filled        int      // how many of these hold a frame
 	segs          [][]byte // room for one frame's buffers
@@ -57,7 +57,7 @@ type lent struct {
 // rxSet is the rx rings that may be used. It is never changed, only replaced.
 type rxSet []*rxRing
 
-// pushMax is how many frames Push groups at a time.
+// pushMax is how many frames Push groups at a time: one bit each.
 const pushMax = 64
 
 // Push delivers frames to the guest, spread over the enabled queues by
@@ -71,6 +71,10 @@ func (d *Device) Push(_ int, fs []*frame.Frame) {
 		d.rxDrops[frame.QueueStopped].Add(uint64(len(fs)))
 		return
 	}
+	if len(set) == 1 {
+		set[0].push(fs)
+		return
+	}
 	for len(fs) > pushMax {
 		set.push(fs[:pushMax])
 		fs = fs[pushMax:]
@@ -80,10 +84,6 @@ func (d *Device) Push(_ int, fs []*frame.Frame) {
 
 // push groups frames by ring, in order, and takes each ring's lock once.
 func (set rxSet) push(fs []*frame.Frame) {
-	if len(set) == 1 {
-		set[0].push(fs)
-		return
-	}
 	var group [pushMax]*frame.Frame
 	n := uint32(len(set))
 	for left := uint64(1)<<len(fs) - 1; left != 0; {

@@ -2,7 +2,7 @@ package frame
 
 const (
 	// BatchSize is how many frames one Pull may bring.
-	BatchSize = 64
+	BatchSize = 128
 	// BatchMax is the room of a Batch: as much again for the engine's own replies.
 	BatchMax = 2 * BatchSize
 	// segMax bounds the scatter lists of a batch: 64 KiB frames of a Linux
@@ -21,6 +21,9 @@ type Batch struct {
 	Worker int
 	// In is the port that Next's frames come from.
 	In PortID
+	// Waiting is set by a Pull that left frames where they are for more to
+	// come: the worker asks again soon instead of sleeping.
+	Waiting bool
 
 	n      int
 	nseg   int
@@ -32,7 +35,7 @@ type Batch struct {
 
 // Reset empties the batch.
 func (b *Batch) Reset(now int64) {
-	b.Now, b.n, b.used = now, 0, 0
+	b.Now, b.n, b.used, b.Waiting = now, 0, 0, false
 	clear(b.segs[:b.nseg]) // lent memory may be unmapped once it is given back
 	b.nseg = 0
 }
