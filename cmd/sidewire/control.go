@@ -40,6 +40,7 @@ type apiError struct {
 // controller is what the control API steers.
 type controller interface {
 	Status() Status
+	FDB() []StationStatus
 	Forwards() map[string][]forwardRequest
 	AddForward(forwardRequest) error
 	RemoveForward(forwardRequest) error
@@ -153,6 +154,9 @@ func controlHandler(c controller) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /"+apiVersion+"/status", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.Status())
+	})
+	mux.HandleFunc("GET /"+apiVersion+"/fdb", func(w http.ResponseWriter, _ *http.Request) {
+		answer(w, http.StatusOK, c.FDB())
 	})
 	mux.HandleFunc("GET /"+apiVersion+"/forwards", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.Forwards())

@@ -1,10 +1,19 @@
 package main
 
 import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"text/tabwriter"
+	"time"
 
+	"sidewire/engine"
+	"sidewire/engine/frame"
 	"sidewire/engine/uplink"
 )
 
@@ -20,17 +29,103 @@ type PortStatus struct {
 
 // SwitchStatus is one switch.
 type SwitchStatus struct {
-	Name    string              `json:"name"`
-	Members []string            `json:"members"`
-	Uplinks []uplink.LinkStatus `json:"uplinks"`
+	Name      string              `json:"name"`
+	NetNS     string              `json:"netns,omitempty"`
+	Addresses int                 `json:"addresses"` // that it has learned
+	Uplinks   []uplink.LinkStatus `json:"uplinks"`
+	Members   []MemberStatus      `json:"members"`
+}
+
+// MemberStatus is one port of a switch.
+type MemberStatus struct {
+	Name string `json:"name"` // VMI/INTERFACE or uplink LINK
+	engine.SwitchPortStats
 }
 
 func (l *lan) status() SwitchStatus {
-	st := SwitchStatus{Name: l.name, Uplinks: l.linkStatus()}
-	for _, n := range l.nics {
-		st.Members = append(st.Members, n.name())
+	stats := l.sw.Stats()
+	st := SwitchStatus{Name: l.name, NetNS: l.netns, Addresses: stats.Addresses, Uplinks: l.linkStatus()}
+	for _, p := range stats.Ports {
+		st.Members = append(st.Members, MemberStatus{l.portName(p.Port), p})
 	}
 	return st
+}
+
+// portName is how users name a port of the switch.
+func (l *lan) portName(id frame.PortID) string {
+	for _, n := range l.nics {
+		if n.port == id {
+			return n.name()
+		}
+	}
+	for _, u := range l.ups {
+		if u.port == id {
+			return "uplink " + u.link
+		}
+	}
+	return fmt.Sprint(id)
+}
+
+// StationStatus is an address that a switch knows.
+type StationStatus struct {
+	Switch string    `json:"switch"`
+	MAC    frame.MAC `json:"mac"`
+	VLAN   uint16    `json:"vlan"` // 0 is none
+	Port   string    `json:"port"`
+	Age    int       `json:"age_seconds"` // since it was last seen
+	Static bool      `json:"static"`      // the guest's own, by spoof check
+}
+
+// FDB implements controller.
+func (s *server) FDB() []StationStatus {
+	out := []StationStatus{}
+	_, lans := s.serving()
+	for _, l := range lans {
+		first := len(out)
+		l.sw.FDB(func(e engine.FDBEntry) bool {
+			out = append(out, StationStatus{
+				Switch: l.name, MAC: e.MAC, VLAN: e.VLAN, Port: l.portName(e.Port), Age: int(e.Age / time.Second), Static: e.Own,
+			})
+			return true
+		})
+		slices.SortFunc(out[first:], func(a, b StationStatus) int {
+			return cmp.Or(cmp.Compare(a.VLAN, b.VLAN), bytes.Compare(a.MAC[:], b.MAC[:]))
+		})
+	}
+	return out
+}
+
+// fdbCommand shows what the switches have learned.
+func fdbCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	o, asJSON, rest, err := controlFlags("fdb", args, errw)
+	if err != nil {
+		return err
+	}
+	if len(rest) > 0 {
+		return badInput("unexpected argument %q", rest[0])
+	}
+	var stations []StationStatus
+	if err := ask(ctx, o.controlPath(), "GET", "/fdb", nil, &stations); err != nil {
+		return err
+	}
+	if asJSON {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		return enc.Encode(stations)
+	}
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	fmt.Fprintln(w, "switch\tVLAN\taddress\tport\tseen")
+	for _, st := range stations {
+		vlan, seen := "-", fmt.Sprintf("%d s ago", st.Age)
+		if st.VLAN != 0 {
+			vlan = fmt.Sprint(st.VLAN)
+		}
+		if st.Static {
+			seen = "static"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", st.Switch, vlan, st.MAC, st.Port, seen)
+	}
+	return w.Flush()
 }
 
 func (l *lan) linkStatus() []uplink.LinkStatus {
@@ -112,5 +207,8 @@ func onOff(b bool) string {
 }
 
 func printSwitch(w io.Writer, sw SwitchStatus) {
-	fmt.Fprintf(w, "\nswitch %s\t%d guests, uplinks %s\n", sw.Name, len(sw.Members), orElse(linkList(sw.Uplinks), "none"))
+	fmt.Fprintf(w, "\nswitch %s\t%d addresses, uplinks %s\n", sw.Name, sw.Addresses, orElse(linkList(sw.Uplinks), "none"))
+	for _, m := range sw.Members {
+		fmt.Fprintf(w, "  %s\t%d addresses, %d flooded, %d moved, dropped %s\n", m.Name, m.Addresses, m.Flooded, m.Moved, dropList(m.Drops))
+	}
 }

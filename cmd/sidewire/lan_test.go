@@ -1,12 +1,11 @@
 package main
 
 import (
-	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -14,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"sidewire/engine/enginetest"
+	"sidewire/engine/frame"
 	"sidewire/vhostuser/vhosttest"
 )
 
@@ -81,10 +81,9 @@ func plugNIC(t *testing.T, p *process, nic string, o vhosttest.Options) *vm {
 	t.Helper()
 	st := p.nicOf(nic)
 	o.Path = st.Socket
-	b, err := hex.DecodeString(strings.ReplaceAll(st.MAC, ":", ""))
-	require.NoError(t, err)
-	copy(o.MAC[:], b)
+	require.NoError(t, o.MAC.UnmarshalText([]byte(st.MAC)))
 	v := &vm{t: t, ns: enginetest.NewNetNS(t), dir: t.TempDir()}
+	var err error
 	v.tap, err = vhosttest.StartTapGuest(vhosttest.TapOptions{Options: o, NetNS: v.ns.Path})
 	require.NoError(t, err)
 	t.Cleanup(func() { v.tap.Close() })
@@ -144,7 +143,7 @@ func TestTwoGuestsOnOneNetwork(t *testing.T) {
 	assert.Contains(t, a.run("ip", "link", "show", "eth0"), i.MAC)
 	o := sidewire(t, "status", "--socket-dir", p.dir)
 	require.Zero(t, o.code, o.err)
-	for _, words := range []string{"br0 by default/blue, spoof check off", "10.9.0.3 by DHCP", "switch br0", "2 guests, uplinks none"} {
+	for _, words := range []string{"br0 by default/blue, spoof check off", "10.9.0.3 by DHCP", "switch br0", "2 addresses, uplinks none"} {
 		assert.Contains(t, o.out, words)
 	}
 }
@@ -174,4 +173,34 @@ func assertNoCapabilities(t *testing.T, pid int) {
 		assert.Contains(t, string(b), set+":\t0000000000000000\n")
 	}
 	assert.NotContains(t, string(b), "Uid:\t0\t")
+}
+
+// connectRaw plays the driver of an interface, without a kernel behind it.
+func connectRaw(t *testing.T, p *process, nic string) *vhosttest.Guest {
+	t.Helper()
+	st := p.nicOf(nic)
+	o := vhosttest.Options{Path: st.Socket}
+	require.NoError(t, o.MAC.UnmarshalText([]byte(st.MAC)))
+	g, err := vhosttest.Connect(o)
+	require.NoError(t, err)
+	t.Cleanup(func() { g.Close() })
+	return g
+}
+
+var (
+	broadcast = frame.Broadcast
+	zeroMAC   frame.MAC
+	addrOf    = netip.MustParseAddr
+)
+
+// discover is a DHCP client's first message.
+func discover(mac frame.MAC) []byte {
+	m := make([]byte, 300)
+	m[0], m[1], m[2] = 1, 1, 6
+	copy(m[4:], "xid1")
+	m[10] = 0x80
+	copy(m[28:], mac[:])
+	copy(m[236:], []byte{0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255})
+	return enginetest.UDPFrame(enginetest.Eth{Src: mac, Dst: broadcast}, enginetest.IP{Src: addrOf("0.0.0.0"), Dst: addrOf("255.255.255.255"), TTL: 64},
+		enginetest.UDP{Src: 68, Dst: 67}, m)
 }

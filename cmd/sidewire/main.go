@@ -50,6 +50,7 @@ func commands() []command {
 		{"qemu-args", "-f VMI.yaml [flags]", "the QEMU arguments for the interfaces, one per line", qemuArgsCommand},
 		{"demo", "", "boot a real guest and show each thing working", demoCommand},
 		{"status", "[--json]", "what a running sidewire does", statusCommand},
+		{"fdb", "[--json]", "the addresses that the switches of a running sidewire know", fdbCommand},
 		{"forward", "list|add|remove [INTERFACE] [PROTO:PORT]", "look at or change the forwarded ports", forwardCommand},
 	}
 }
