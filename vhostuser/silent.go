@@ -50,7 +50,7 @@ func (d *Device) ringsUntouched() (untouched bool) {
 		if r.q == nil || r.broken.Load() {
 			continue
 		}
-		if r.q.AvailIndex() != 0 {
+		if !r.q.Untouched() {
 			return false
 		}
 		rx = rx || !r.isTx() && !d.isCtrl(r)

@@ -34,6 +34,22 @@ func halfAt(m *guestmem.Memory, gpa uint64) (half, error) {
 	return half{word: (*uint32)(p), shift: uint8(gpa&2) * 8}, nil
 }
 
+// slotsAt finds the descriptors of a packed ring. What the guest writes of them
+// is loaded word by word, id and flags atomically.
+func slotsAt(m *guestmem.Memory, gpa uint64, size int) ([]slot, error) {
+	b, ok := m.Slice(gpa, uint64(size)*descLen)
+	if !ok {
+		return nil, fmt.Errorf("%w: descriptors %#x", ErrRange, gpa)
+	}
+	// SAFETY: b is size descriptors of mapped memory, and a misaligned address
+	// is refused below, before it is ever dereferenced.
+	p := unsafe.Pointer(unsafe.SliceData(b))
+	if uintptr(p)%8 != 0 {
+		return nil, fmt.Errorf("%w: %#x lies at host address %p", ErrAlign, gpa, p)
+	}
+	return unsafe.Slice((*slot)(p), size), nil
+}
+
 // load reads the field with acquire order: what the guest wrote before it is
 // visible afterwards.
 func (h half) load() uint16 {

@@ -25,14 +25,34 @@ const (
 // elem is what the device returned.
 type elem struct{ id, len uint32 }
 
-// driver is the guest's side of a ring, in memory on the Go heap.
+// driver is the guest's side of a ring, in memory on the Go heap. Tests speak to
+// it as to the driver of a split ring; see packedDriver for the other.
 type driver struct {
 	mem     *guestmem.Memory
 	cfg     Config
 	zones   [][]byte // bytes beside the regions, that nobody may touch
 	availIx uint16
 	usedIx  uint16
+	packed  *packedDriver // nil for a split ring
 }
+
+// both runs a test over both layouts of a ring.
+func both(t *testing.T, f func(t *testing.T, packed bool)) {
+	t.Run("split", func(t *testing.T) { f(t, false) })
+	t.Run("packed", func(t *testing.T) { f(t, true) })
+}
+
+// layout makes a configuration one of a packed ring, if packed, which begins
+// where a split ring's Base would be in it.
+func layout(packed bool, c Config) Config {
+	if c.Packed = packed; packed {
+		c.Base = place(c.Base, c.Size)
+	}
+	return c
+}
+
+// place turns the index of an entry into a place in a packed ring.
+func place(i, size uint16) uint16 { return i%size | (1^i/size&1)<<15 }
 
 // heapRegion makes a region with red zones around it.
 func (d *driver) heapRegion(gpa uint64, size int) *guestmem.Region {
@@ -54,12 +74,23 @@ func newDriver(t testing.TB, c Config) *driver {
 	c.Avail = c.Desc + 16*size
 	c.Used = (c.Avail + 6 + 2*size + 3) &^ 3
 	end := (c.Used + 6 + 8*size + 7) &^ 7
+	if c.Packed {
+		c.Used = c.Avail + 4
+		end = c.Used + 4
+	}
 	d := &driver{cfg: c, availIx: c.Base, usedIx: c.Base}
 	m, err := guestmem.New(
 		d.heapRegion(ringGPA, int(end-ringGPA)),
 		d.heapRegion(bufA, bufSize), d.heapRegion(bufB, bufSize), d.heapRegion(bufFar, bufSize))
 	require.NoError(t, err)
 	d.mem = m
+	if c.Packed {
+		d.packed = newPackedDriver(c)
+		d.availIx = c.Base&0x7fff + (1^c.Base>>15)*c.Size // the split ring's
+		d.usedIx = d.availIx
+		d.eraseRing()
+		return d
+	}
 	d.storeAvail()
 	atomic.StoreUint32(d.word(c.Used), uint32(c.Base)<<16)
 	return d
@@ -87,7 +118,13 @@ func (d *driver) word(gpa uint64) *uint32 {
 }
 
 // desc writes entry i of the descriptor table.
-func (d *driver) desc(i int, v desc) { d.descAt(d.cfg.Desc+16*uint64(i), v) }
+func (d *driver) desc(i int, v desc) {
+	if d.packed != nil {
+		d.packed.table[i] = v
+		return
+	}
+	d.descAt(d.cfg.Desc+16*uint64(i), v)
+}
 
 // descAt writes a descriptor anywhere, byte by byte, since an indirect table
 // may cross regions.
@@ -115,12 +152,20 @@ func (d *driver) chain(first int, ds ...desc) {
 
 // stage puts a head into the available ring without showing it.
 func (d *driver) stage(head uint16) {
+	if d.packed != nil {
+		d.stagePacked(head, d.follow(head)...)
+		return
+	}
 	slot := uint64(d.availIx) % uint64(d.cfg.Size)
 	binary.LittleEndian.PutUint16(d.at(d.cfg.Avail+4+2*slot, 2), head)
 	d.availIx++
 }
 
 func (d *driver) storeAvail() {
+	if d.packed != nil {
+		d.storePacked()
+		return
+	}
 	w := d.word(d.cfg.Avail)
 	atomic.StoreUint32(w, uint32(d.availIx)<<16|atomic.LoadUint32(w)&0xffff)
 }
@@ -133,12 +178,21 @@ func (d *driver) offer(heads ...uint16) {
 	d.storeAvail()
 }
 
-// usedIndex and usedFlags load the used ring's header.
-func (d *driver) usedIndex() uint16 { return uint16(atomic.LoadUint32(d.word(d.cfg.Used)) >> 16) }
+// usedIndex and usedFlags load the used ring's header. What the driver has
+// taken is all that it knows of a packed ring.
+func (d *driver) usedIndex() uint16 {
+	if d.packed != nil {
+		return d.usedIx
+	}
+	return uint16(atomic.LoadUint32(d.word(d.cfg.Used)) >> 16)
+}
 func (d *driver) usedFlags() uint16 { return uint16(atomic.LoadUint32(d.word(d.cfg.Used))) }
 
 // take returns the elements that came back since the last call.
 func (d *driver) take() (got []elem) {
+	if d.packed != nil {
+		return d.takePacked()
+	}
 	for idx := d.usedIndex(); d.usedIx != idx; d.usedIx++ {
 		slot := uint64(d.usedIx) % uint64(d.cfg.Size)
 		b := d.at(d.cfg.Used+4+8*slot, 8)
@@ -147,8 +201,13 @@ func (d *driver) take() (got []elem) {
 	return got
 }
 
-// setUsedEvent asks for an interrupt after the element of that index.
+// setUsedEvent asks for an interrupt after the element of that index. On a
+// packed ring chains must be of one descriptor for that.
 func (d *driver) setUsedEvent(idx uint16) {
+	if d.packed != nil {
+		atomic.StoreUint32(d.word(d.cfg.Avail), uint32(place(idx, d.cfg.Size))|eventDesc)
+		return
+	}
 	gpa := d.cfg.Avail + 4 + 2*uint64(d.cfg.Size)
 	w, shift := d.word(gpa&^3), gpa%4*8
 	for {
@@ -159,8 +218,13 @@ func (d *driver) setUsedEvent(idx uint16) {
 	}
 }
 
-// setFlags sets the available ring's flags.
+// setFlags sets the available ring's flags, of which a packed ring has the same
+// that counts.
 func (d *driver) setFlags(flags uint16) {
+	if d.packed != nil {
+		atomic.StoreUint32(d.word(d.cfg.Avail), uint32(flags)<<16)
+		return
+	}
 	atomic.StoreUint32(d.word(d.cfg.Avail), uint32(d.availIx)<<16|uint32(flags))
 }
 

@@ -3,6 +3,7 @@ package virtq
 import (
 	"encoding/binary"
 	"fmt"
+	"sync/atomic"
 )
 
 // Flags of a descriptor (virtio 1.2, 2.7.5); others are ignored (H059).
@@ -17,7 +18,7 @@ const descLen = 16
 
 // Chain is a descriptor chain lent to the device.
 type Chain struct {
-	Head uint16 // what Put takes
+	Head uint16 // what Put takes; the buffer id of a packed ring
 
 	// Segs are the buffers, without empty ones. borrowed: guest memory, until
 	// the chain is put; the guest may change it at any moment.
@@ -48,6 +49,9 @@ func descAt(b []byte) desc {
 // segs, whose length is 0 and whose capacity is the room for them; nothing is
 // allocated. A chain with a buffer of the other direction is Bad.
 func (q *Queue) Pop(dir Direction, segs [][]byte) (Chain, Status) {
+	if q.packed != nil {
+		return q.popPacked(dir, segs)
+	}
 	head, st := q.head()
 	if st != OK {
 		return Chain{}, st
@@ -75,6 +79,9 @@ func (q *Queue) Pop(dir Direction, segs [][]byte) (Chain, Status) {
 // ones, either possibly none: a command of the control queue. The slices of
 // the two parts are appended to out and in as in Pop.
 func (q *Queue) PopBoth(out, in [][]byte) (head uint16, readable, writable [][]byte, st Status) {
+	if q.packed != nil {
+		return q.popBothPacked(out, in)
+	}
 	head, st = q.head()
 	if st != OK {
 		return 0, nil, nil, st
@@ -89,24 +96,37 @@ func (q *Queue) PopBoth(out, in [][]byte) (head uint16, readable, writable [][]b
 // Rewind takes back the last n pops, none of which was put yet: the next Pop
 // looks at the same entries again.
 func (q *Queue) Rewind(n int) {
-	q.next -= uint16(n)
+	if q.packed != nil {
+		q.rewindPacked(n)
+	} else {
+		q.next -= uint16(n)
+	}
 	if len(q.lent) > 0 {
 		q.markRewound(n)
 	}
 }
 
 // Avail returns how many entries wait to be popped, or 0 if the queue is
-// Broken.
+// Broken. A packed ring is gone through for that.
 func (q *Queue) Avail() int {
+	if q.packed != nil {
+		return q.availPacked()
+	}
 	if q.look() != OK {
 		return 0
 	}
 	return int(q.seen - q.next)
 }
 
-// AvailIndex returns the guest's available index as it is at this moment. It
-// may be called beside the queue's owner.
-func (q *Queue) AvailIndex() uint16 { return q.availIdx.load() }
+// Untouched reports whether the guest seems never to have made anything
+// available: its index, or the first descriptor of a packed ring, is 0. It may
+// be called beside the queue's owner.
+func (q *Queue) Untouched() bool {
+	if q.packed != nil {
+		return atomic.LoadUint32(&q.packed.ring[0].word) == 0
+	}
+	return q.availIdx.load() == 0
+}
 
 // look loads the available index and refuses one that is further ahead than
 // the ring is long (H043, H049).
@@ -215,17 +235,26 @@ func (q *Queue) follow(w *walk, d desc, table []byte, nested bool) Status {
 // writable is no fault (H058): "the device MUST ignore the write-only flag in
 // the descriptor that refers to an indirect table" (virtio 1.2, 2.7.5.3.2).
 func (q *Queue) followIndirect(w *walk, d desc) Status {
+	table, st := q.indirect(w, d)
+	if st != OK {
+		return st
+	}
+	return q.follow(w, descAt(table), table, true)
+}
+
+// indirect returns the table that d stands for, at least one entry long.
+func (q *Queue) indirect(w *walk, d desc) ([]byte, Status) {
 	n := d.len / descLen
 	if n == 0 || d.len%descLen != 0 || n > uint32(q.limit) {
-		return w.bad(CauseIndirect)
+		return nil, w.bad(CauseIndirect)
 	}
 	table, ok := q.slice(d.addr, d.len)
 	if !ok {
 		if table, ok = q.gather(d.addr, d.len); !ok {
-			return w.bad(CauseUnmapped)
+			return nil, w.bad(CauseUnmapped)
 		}
 	}
-	return q.follow(w, descAt(table), table, true)
+	return table, OK
 }
 
 // slice translates a range that lies in one region, and remembers the region.

@@ -27,11 +27,15 @@
 // ring runs on ([Bad]). Only a ring that cannot be followed any further stops
 // ([Broken]): an available index that is more than the ring ahead, or a head
 // that is not in it.
+//
+// This is the split ring. What differs in the packed one stands in packed.go;
+// a Queue is either, and its owner need not know which.
 package virtq
 
 import (
 	"errors"
 	"fmt"
+	"unsafe"
 
 	"sidewire/vhostuser/guestmem"
 )
@@ -45,32 +49,43 @@ const (
 
 // Why a Queue cannot be made or followed.
 var (
-	ErrSize       = errors.New("ring size is not a power of two up to 32768")
+	ErrSize       = errors.New("ring size is not a power of two up to 32768, or any up to that if packed")
 	ErrAlign      = errors.New("ring is not aligned")
 	ErrRange      = errors.New("ring does not lie in one region of guest memory")
 	ErrAvailIndex = errors.New("available index is more than the ring ahead")
 	ErrHead       = errors.New("head is not in the ring")
+	ErrBase       = errors.New("packed ring does not begin in the ring")
+	ErrTaken      = errors.New("descriptor is available before it was used")
+	ErrChain      = errors.New("chain is not available to its end")
 )
 
 // Config describes a ring as the frontend set it up.
 type Config struct {
-	Size              uint16 // entries, a power of two
-	Desc, Avail, Used uint64 // guest-physical addresses
-	Base              uint16 // index of the first available entry not yet taken
-	EventIdx          bool   // EVENT_IDX was negotiated
-	Indirect          bool   // INDIRECT_DESC was negotiated
+	Size     uint16 // entries, a power of two unless packed
+	Packed   bool   // RING_PACKED was negotiated
+	EventIdx bool   // EVENT_IDX was negotiated
+	Indirect bool   // INDIRECT_DESC was negotiated
+
+	// Guest-physical addresses. Of a packed ring Avail is the driver's event
+	// suppression area and Used the device's.
+	Desc, Avail, Used uint64
+	// Base is the index of the first available entry not yet taken. Of a packed
+	// ring it is the place of the descriptor, with the wrap counter in bit 15.
+	Base uint16
 
 	// Log takes the marks of what the device writes, or is nil. UsedLog is the
-	// address under which the used ring is marked; 0 stands for Used.
+	// address under which the used ring is marked; 0 stands for Used. A packed
+	// ring's descriptors are marked where they lie.
 	Log     *guestmem.Log
 	UsedLog uint64
 }
 
-// Queue is the device side of one split virtqueue. It is not safe for
-// concurrent use: a queue has one owner at a time.
+// Queue is the device side of one virtqueue. It is not safe for concurrent
+// use: a queue has one owner at a time.
 type Queue struct {
-	mem  *guestmem.Memory
-	last *guestmem.Region // where the last buffer was found
+	mem    *guestmem.Memory
+	last   *guestmem.Region // where the last buffer was found
+	packed *packed          // nil for a split ring
 
 	desc  []byte // descriptor table
 	avail []byte // the entries of the available ring
@@ -79,6 +94,8 @@ type Queue struct {
 	mask  uint16
 	limit uint16 // descriptors of a chain at most
 
+	// Of a packed ring, next and put count chains, and of the others of this
+	// group only limit counts.
 	next     uint16 // index of the next available entry to pop
 	seen     uint16 // available index as last loaded
 	put      uint16 // used index with all staged elements
@@ -102,20 +119,25 @@ type Queue struct {
 }
 
 // New makes a queue over rings in m. It refuses rings that are not aligned as
-// virtio 1.2, 2.7 says or do not lie whole in one region (H040, H041), and
-// writes nothing. Used and available index both start at c.Base: the device
+// virtio 1.2, 2.7 and 2.8 say or do not lie whole in one region (H040, H041),
+// and writes nothing. Used and available index both start at c.Base: the device
 // returns every chain before it stops.
 func New(m *guestmem.Memory, c Config) (*Queue, error) {
-	if c.Size == 0 || c.Size > MaxSize || c.Size&(c.Size-1) != 0 {
-		return nil, fmt.Errorf("%w: %d", ErrSize, c.Size)
-	}
 	if c.UsedLog == 0 {
 		c.UsedLog = c.Used
 	}
-	q := &Queue{
-		mask: c.Size - 1, limit: min(c.Size, MaxSegs),
-		next: c.Base, seen: c.Base, put: c.Base, public: c.Base, notified: c.Base,
-		cfg: c,
+	q := &Queue{limit: min(c.Size, MaxSegs), cfg: c}
+	if c.Packed {
+		var err error
+		if q.packed, err = newPacked(&c); err != nil {
+			return nil, err
+		}
+	} else {
+		if c.Size == 0 || c.Size > MaxSize || c.Size&(c.Size-1) != 0 {
+			return nil, fmt.Errorf("%w: %d", ErrSize, c.Size)
+		}
+		q.mask = c.Size - 1
+		q.next, q.seen, q.put, q.public, q.notified = c.Base, c.Base, c.Base, c.Base, c.Base
 	}
 	if err := q.SetMemory(m); err != nil {
 		return nil, err
@@ -129,7 +151,11 @@ func New(m *guestmem.Memory, c Config) (*Queue, error) {
 // while nobody uses the queue and every chain was put back.
 func (q *Queue) SetMemory(m *guestmem.Memory) error {
 	n := *q
-	if err := n.translate(m); err != nil {
+	find := n.translate
+	if n.packed != nil {
+		find = n.translatePacked
+	}
+	if err := find(m); err != nil {
 		return err
 	}
 	*q = n
@@ -188,13 +214,29 @@ func (q *Queue) SetLog(l *guestmem.Log, usedLog uint64) {
 func (q *Queue) Logged() bool { return q.cfg.Log != nil }
 
 // Size returns the number of entries.
-func (q *Queue) Size() int { return int(q.mask) + 1 }
+func (q *Queue) Size() int { return int(q.cfg.Size) }
 
-// Base returns the index of the next available entry, the answer to
-// GET_VRING_BASE once every chain was put back.
-func (q *Queue) Base() uint16 { return q.next }
+// Base returns the index of the next available entry as in [Config], the
+// answer to GET_VRING_BASE once every chain was put back.
+func (q *Queue) Base() uint16 {
+	if q.packed != nil {
+		return q.packed.next.value()
+	}
+	return q.next
+}
 
-// Err tells why the queue is [Broken]; it wraps ErrAvailIndex or ErrHead.
+// Footprint is the memory that the queue has allocated for itself, in bytes,
+// without what logging adds.
+func (q *Queue) Footprint() int {
+	n := int(unsafe.Sizeof(*q)) + len(q.table)
+	if p := q.packed; p != nil {
+		n += int(unsafe.Sizeof(*p)) + len(p.flight)*int(unsafe.Sizeof(flight{}))
+	}
+	return n
+}
+
+// Err tells why the queue is [Broken]; it wraps ErrAvailIndex or ErrHead, of a
+// packed ring ErrTaken or ErrChain.
 func (q *Queue) Err() error { return q.err }
 
 // LastCause tells why Pop last returned [Bad].

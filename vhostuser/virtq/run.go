@@ -20,6 +20,9 @@ func (q *Queue) PopRun(dir Direction, out []Buf) (n int) {
 	if q.err != nil || q.cfg.Log != nil {
 		return 0
 	}
+	if q.packed != nil {
+		return q.popRunPacked(dir, out)
+	}
 	have := int(q.seen - q.next)
 	if have < len(out) {
 		if q.look() != OK {
@@ -58,8 +61,17 @@ func (q *Queue) PopRun(dir Direction, out []Buf) (n int) {
 	return n
 }
 
+// Drained says whether everything that was there at the last look was popped.
+func (q *Queue) Drained() bool { return q.next == q.seen && q.err == nil }
+
 // PutRun stages the return of chains that PopRun took, each with its N.
 func (q *Queue) PutRun(bufs []Buf) {
+	if q.packed != nil {
+		for i := range bufs {
+			q.putPacked(bufs[i].Head, bufs[i].N)
+		}
+		return
+	}
 	used, mask, put := q.used, q.mask, q.put
 	for i := range bufs {
 		b := &bufs[i]

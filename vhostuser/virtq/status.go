@@ -44,12 +44,13 @@ const (
 	CauseLength          // longer than MaxBytes, or empty
 	CauseDirection       // readable where writable was due, or in the wrong order
 	CauseIndirect        // indirect not negotiated, nested, with NEXT, or of a wrong size
+	CauseID              // a packed ring's buffer id is not less than the ring's size
 	NumCauses
 )
 
 var causeNames = [NumCauses]string{
 	"none", "chain too long", "next outside table", "buffer unmapped",
-	"length", "direction", "indirect table",
+	"length", "direction", "indirect table", "buffer id",
 }
 
 // String returns the cause in words, as a counter's name.

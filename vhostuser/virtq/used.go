@@ -15,11 +15,15 @@ const (
 const elemLen = 8
 
 // Put stages the return of a chain into which n bytes were written; 0 for one
-// that was read or is Bad. The guest sees it after Publish. Chains are put in
-// the order in which they were popped.
+// that was read or is Bad. The guest sees it after Publish. Chains may be put
+// in any order, though the one in which they were popped is the fastest.
 func (q *Queue) Put(head uint16, n uint32) {
 	if len(q.lent) > 0 {
 		q.markPut(head, n)
+	}
+	if q.packed != nil {
+		q.putPacked(head, n)
+		return
 	}
 	at := elemLen * int(q.put&q.mask)
 	binary.LittleEndian.PutUint64(q.used[at:], uint64(head)|uint64(n)<<32)
@@ -29,6 +33,10 @@ func (q *Queue) Put(head uint16, n uint32) {
 // Publish shows the guest everything that was put, by one store of the used
 // index.
 func (q *Queue) Publish() {
+	if q.packed != nil {
+		q.publishPacked()
+		return
+	}
 	if q.put == q.public {
 		return
 	}
@@ -43,6 +51,9 @@ func (q *Queue) Publish() {
 // published since the last call (virtio 1.2, 2.7.7.2). Publish stores the used
 // index with sequential consistency, so the load here cannot pass it.
 func (q *Queue) NeedsNotify() bool {
+	if q.packed != nil {
+		return q.needsNotifyPacked()
+	}
 	old, now := q.notified, q.public
 	if old == now {
 		return false
@@ -64,6 +75,9 @@ func (q *Queue) NeedsNotify() bool {
 // available, and reports whether one is there already (or the queue is
 // Broken), in which case no kick may come and the owner must not sleep.
 func (q *Queue) EnableNotify() (more bool) {
+	if q.packed != nil {
+		return q.enableNotifyPacked()
+	}
 	if q.err != nil {
 		return true
 	}
@@ -81,8 +95,13 @@ func (q *Queue) EnableNotify() (more bool) {
 }
 
 // DisableNotify tells the driver that kicks are not needed. With EVENT_IDX
-// there is nothing to say: the driver kicks once at the index asked for.
+// there is nothing to say on a split ring: the driver kicks once at the index
+// asked for.
 func (q *Queue) DisableNotify() {
+	if q.packed != nil {
+		q.disableNotifyPacked()
+		return
+	}
 	if !q.cfg.EventIdx && q.flags&noNotify == 0 {
 		q.setFlags(q.flags | noNotify)
 	}
