@@ -68,10 +68,12 @@ func (p *Pair) Pull(b *frame.Batch) int {
 		return 0
 	}
 	for p.n < len(p.bufs) {
-		if n := st.q.PopRun(virtq.Readable, p.bufs[p.n:]); n > 0 {
+		n := st.q.PopRun(virtq.Readable, p.bufs[p.n:])
+		if n > 0 {
 			p.n += n
 			p.run(st, b, p.bufs[p.n-n:p.n])
-		} else if !p.pop(st, b) {
+		}
+		if st.q.Drained() || n == 0 && !p.pop(st, b) {
 			break
 		}
 	}
