@@ -2,31 +2,16 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
-	"time"
-
-	"sidewire/vhostuser"
 )
-
-// offerPacked lets a device offer packed rings.
-func offerPacked(_ *vhostuser.Config, packed bool) error {
-	if packed {
-		return errors.New("this sidewire has no packed rings")
-	}
-	return nil
-}
 
 // cost is what frames cost the backend. A figure that the backend cannot tell
 // is NaN.
 type cost struct {
-	busyNS   float64 // a frame, in turns of its loop that found some
-	allocs   float64 // a frame
-	syscalls float64 // a frame
-	dropped  float64 // frames
+	busyNS  float64 // a frame, in turns of its loop that found some
+	allocs  float64 // a frame
+	dropped float64 // frames
 }
 
 // backend is the other side of the rings while one cell is measured.
@@ -96,58 +81,5 @@ func (b *vhostPMD) costs() (cost, error) {
 		return cost{}, err
 	}
 	f, err := parseFwdStats(s)
-	return cost{busyNS: f.ns(), allocs: 0, syscalls: nan, dropped: float64(f.dropped)}, err
-}
-
-// engineAlone is the program "perf inner".
-type engineAlone struct {
-	*proc
-	socks []string
-	at    innerStats
-}
-
-// openInner starts a perf program's own backend.
-func openInner(ctx context.Context, program string, c cell, dir, kind, poll string) (backend, error) {
-	b := &engineAlone{socks: socketNames(dir, c.devices())}
-	argv := []string{program, "inner", "-kind", kind, "-sockets", strings.Join(b.socks, ","), "-queues", fmt.Sprint(c.Queues),
-		"-size", fmt.Sprint(c.Size), "-cpu", fmt.Sprint(backendCPU), "-poll", poll, fmt.Sprintf("-packed=%v", c.Packed)}
-	var err error
-	if b.proc, err = startProc(ctx, procOptions{cpu: -1, undisturbed: true}, "sidewire", argv...); err != nil {
-		return nil, err
-	}
-	if _, err := b.expect(0, "ready\n", 10*time.Second); err != nil {
-		_ = b.close()
-		return nil, err
-	}
-	return b, nil
-}
-
-func (b *engineAlone) sockets() []string { return b.socks }
-func (b *engineAlone) start() error      { return nil }
-func (b *engineAlone) close() error      { return b.stop() }
-
-func (b *engineAlone) stats() (s innerStats, err error) {
-	answer, err := b.ask("stats", "}\n")
-	if err != nil {
-		return s, err
-	}
-	return s, json.Unmarshal([]byte(answer[strings.Index(answer, "{"):]), &s)
-}
-
-func (b *engineAlone) mark() (err error) {
-	b.at, err = b.stats()
-	return err
-}
-
-func (b *engineAlone) costs() (cost, error) {
-	s, err := b.stats()
-	if err != nil {
-		return cost{}, err
-	}
-	frames := float64(s.Frames - b.at.Frames)
-	c := cost{busyNS: float64(s.BusyNS-b.at.BusyNS) / frames, allocs: float64(s.Mallocs-b.at.Mallocs) / frames, syscalls: nan}
-	for reason, n := range s.Drops {
-		c.dropped += float64(n - b.at.Drops[reason])
-	}
-	return c, nil
+	return cost{busyNS: f.ns(), allocs: 0, dropped: float64(f.dropped)}, err
 }

@@ -3,38 +3,44 @@ package main
 import (
 	"context"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // calls counts the system calls of a process by the kernel's tracepoint, which
 // costs the process nothing while it makes none.
 type calls struct {
-	cmd *exec.Cmd
-	out strings.Builder
+	perf  *proc // nil where there is no perf
+	began time.Time
 }
 
-// startCalls begins to count. Without perf, or without the right to it, stop
-// returns NaN.
+// startCalls begins to count.
 func startCalls(ctx context.Context, pid int) *calls {
-	c := &calls{}
-	c.cmd = exec.CommandContext(ctx, "perf", "stat", "-x", ",", "-e", "raw_syscalls:sys_enter", "-p", strconv.Itoa(pid))
-	c.cmd.Stderr = &c.out
-	if c.cmd.Start() != nil {
-		c.cmd = nil
+	// The delay is for perf to say that it has begun.
+	p, err := startProc(ctx, procOptions{undisturbed: true}, "perf", "perf", "stat", "-x", ",", "-D", "1",
+		"-e", "raw_syscalls:sys_enter", "-p", strconv.Itoa(pid))
+	if err != nil {
+		return &calls{}
 	}
-	return c
+	_, _ = p.expect(0, "enabled", time.Second)
+	return &calls{p, time.Now()}
 }
 
-// stop returns how many there were.
+// stop returns how many there were in a second; NaN where nobody can tell.
 func (c *calls) stop() float64 {
-	if c.cmd == nil {
+	if c.perf == nil {
 		return nan
 	}
-	_ = c.cmd.Process.Signal(os.Interrupt)
-	_ = c.cmd.Wait()
-	return parseCalls(c.out.String())
+	d := time.Since(c.began)
+	_ = c.perf.cmd.Process.Signal(os.Interrupt)
+	select {
+	case <-c.perf.done:
+	case <-time.After(3 * time.Second):
+		_ = c.perf.kill()
+	}
+	s, _ := c.perf.out.from(0)
+	return parseCalls(s) / d.Seconds()
 }
 
 // parseCalls reads what "perf stat -x ," wrote.

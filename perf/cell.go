@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -71,10 +72,10 @@ func (c cell) String() string {
 }
 
 // subjects are who is measured in the cell.
-func (c cell) subjects(p programs) []string {
+func (c cell) subjects(p *programs) []string {
 	out := []string{ours, oursAgain, pmdIO}
 	if c.Path == guestToGuest || c.Path == roundTrip {
-		out = append(out, oursFixed, pmdMAC)
+		out = append(out, oursFixed, pmdMAC, ovs)
 	}
 	if p.against != "" {
 		out = append(out, other)
@@ -112,7 +113,8 @@ type subject struct {
 
 // figures are what one round brought of one subject.
 type figures struct {
-	frames float64 // a second
+	frames   float64 // a second
+	syscalls float64 // of the backend, a frame
 	cost
 }
 
@@ -141,21 +143,22 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 		return f, err
 	}
 	time.Sleep(settle)
-	calls := startCalls(ctx, be.pid())
 	if err := be.mark(); err != nil {
 		return f, err
 	}
+	calls := startCalls(ctx, be.pid())
 	r, err := fe.rates(d)
+	f.syscalls = calls.stop()
 	if err != nil {
 		return f, err
 	}
 	f.frames = c.frames(r)
 	if f.frames == 0 {
-		return f, fmt.Errorf("no frame arrives")
+		return f, errors.New("no frame arrives")
 	}
 	if f.cost, err = be.costs(); err != nil {
 		return f, err
 	}
-	f.syscalls = calls.stop() / (f.frames * d.Seconds())
+	f.syscalls /= f.frames
 	return f, nil
 }

@@ -19,8 +19,8 @@ import (
 
 // innerStats is what the engine alone has done so far. Every figure only grows.
 type innerStats struct {
-	Frames  uint64            `json:"frames"`  // pulled from guests
-	BusyNS  int64             `json:"busy_ns"` // in turns that found something
+	Frames  uint64            `json:"frames"`  // from guests and sources
+	BusyNS  uint64            `json:"busy_ns"` // in turns that found some
 	Turns   uint64            `json:"turns"`
 	Wakeups uint64            `json:"wakeups"`
 	Mallocs uint64            `json:"mallocs"`
@@ -33,7 +33,6 @@ type innerStats struct {
 type inner struct {
 	e       *engine.Engine
 	devices []*vhostuser.Device
-	metered []*meter
 }
 
 // runInner is the program "perf inner", which the harness starts as a process
@@ -122,16 +121,10 @@ func (in *inner) wire(kind string, size int) error {
 		}
 		for _, p := range d.Pairs() {
 			p.SetWatcher(in.e.Worker(0))
-			in.addQueue(ids[i], p)
+			in.e.AddQueue(ids[i], p, 0)
 		}
 	}
 	return nil
-}
-
-func (in *inner) addQueue(id frame.PortID, q engine.Queue) {
-	m := &meter{Queue: q}
-	in.metered = append(in.metered, m)
-	in.e.AddQueue(id, m, 0)
 }
 
 // addSource makes a port that always has frames for the guest of d.
@@ -141,7 +134,7 @@ func (in *inner) addSource(d *vhostuser.Device, to frame.PortID, i, size int) er
 		return err
 	}
 	for q := range d.Pairs() {
-		in.addQueue(id, newSource(uint16(q), size, byte(i)))
+		in.e.AddQueue(id, newSource(uint16(q), size, byte(i)), 0)
 	}
 	return nil
 }
@@ -159,15 +152,13 @@ func (in *inner) answer(r io.Reader, w io.Writer) error {
 
 func (in *inner) stats() innerStats {
 	s := innerStats{Drops: map[string]uint64{}}
-	for _, m := range in.metered {
-		s.Frames += m.frames.Load()
-		s.BusyNS += m.busy.Load()
-	}
 	for _, w := range in.e.WorkerStats() {
+		s.BusyNS += w.BusyNS
 		s.Turns += w.Turns
 		s.Wakeups += w.Wakeups
 	}
 	for _, p := range in.e.PortStats() {
+		s.Frames += p.InFrames
 		for reason, n := range p.Drops {
 			s.Drops[reason] += n
 		}

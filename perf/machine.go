@@ -34,7 +34,7 @@ func describe() machine {
 	m := machine{
 		Date: time.Now().Format("2006-01-02"), CPU: field("/proc/cpuinfo", "model name"), Processors: runtime.NumCPU(),
 		Memory: field("/proc/meminfo", "MemTotal"), HugePages: hugepages(), Kernel: unix.ByteSliceToString(u.Release[:]),
-		Go: runtime.Version(), Commit: firstLine("git", "describe", "--always", "--dirty"), Versions: map[string]string{},
+		Go: runtime.Version(), Commit: commit(), Versions: map[string]string{},
 	}
 	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
 		m.Load, _, _ = strings.Cut(string(b), " ")
@@ -65,9 +65,18 @@ func (m machine) String() string {
 	return s + ".\n"
 }
 
+// commit is what is measured, as git calls it.
+func commit() string {
+	out, err := exec.Command("git", "describe", "--always", "--dirty").Output()
+	if err != nil {
+		return "of an unknown commit"
+	}
+	return strings.TrimSpace(string(out))
+}
+
 // version is the first word of a line that has a digit in front of a dot.
 func version(line string) string {
-	for _, w := range strings.Fields(line) {
+	for _, w := range strings.Fields(strings.ReplaceAll(line, "'", " ")) {
 		if i := strings.IndexByte(w, '.'); i > 0 && w[i-1] >= '0' && w[i-1] <= '9' {
 			return w
 		}

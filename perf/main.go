@@ -81,7 +81,7 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
-	p := programs{against: o.against, flags: o.flags}
+	p := &programs{against: o.against, flags: o.flags}
 	if p.self, err = os.Executable(); err != nil {
 		return err
 	}

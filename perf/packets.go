@@ -26,12 +26,12 @@ var (
 	mpps     = metric{Name: "rate", Unit: "Mpps"}
 	busyTime = metric{Name: "busy time", Unit: "ns/frame", Less: true}
 	tripTime = metric{Name: "round trip", Unit: "us", Less: true}
-	allocs   = metric{Name: "allocations", Unit: "per frame", Less: true}
-	syscalls = metric{Name: "system calls", Unit: "per frame", Less: true}
-	dropped  = metric{Name: "dropped", Unit: "frames", Less: true}
+	allocs   = metric{Name: "allocations", Unit: "per frame", Less: true, Plain: true}
+	syscalls = metric{Name: "system calls", Unit: "per frame", Less: true, Plain: true}
+	dropped  = metric{Name: "dropped", Unit: "frames", Less: true, Plain: true}
 )
 
-// programs are what the packet paths are measured with.
+// programs are what is measured. They are built after the trials are drawn up.
 type programs struct {
 	self     string // this one
 	sidewire string
@@ -40,7 +40,7 @@ type programs struct {
 }
 
 // subjects are all ways through the packet paths, by name.
-func (p programs) subjects() map[string]subject {
+func (p *programs) subjects() map[string]subject {
 	open := map[string]func(ctx context.Context, c cell, dir string) (backend, error){
 		ours: func(ctx context.Context, c cell, dir string) (backend, error) {
 			return openOurs(ctx, p, p.sidewire, c, dir)
@@ -52,9 +52,10 @@ func (p programs) subjects() map[string]subject {
 			return openOurs(ctx, p, p.against, c, dir)
 		},
 		oursFixed: func(ctx context.Context, c cell, dir string) (backend, error) {
-			return openInner(ctx, p.self, c, dir, "forward", c.poll())
+			return openInner(ctx, p.self, c, dir, "forward")
 		},
 		pmdIO: func(ctx context.Context, c cell, dir string) (backend, error) { return openVhostPMD(ctx, c, dir, "io") },
+		ovs:   openOVS,
 		pmdMAC: func(ctx context.Context, c cell, dir string) (backend, error) {
 			return openVhostPMD(ctx, c, dir, "mac")
 		},
@@ -68,25 +69,28 @@ func (p programs) subjects() map[string]subject {
 
 // openOurs opens what sidewire has for a cell: the program itself where guests
 // talk to each other, its engine and device alone where there is one guest.
-func openOurs(ctx context.Context, p programs, _ string, c cell, dir string) (backend, error) {
+func openOurs(ctx context.Context, p *programs, program string, c cell, dir string) (backend, error) {
 	switch c.Path {
 	case guestTx:
-		return openInner(ctx, p.self, c, dir, "sink", c.poll())
+		return openInner(ctx, p.self, c, dir, "sink")
 	case guestRx:
-		return openInner(ctx, p.self, c, dir, "source", c.poll())
+		return openInner(ctx, p.self, c, dir, "source")
 	}
-	return openInner(ctx, p.self, c, dir, "forward", c.poll())
+	return openProgram(ctx, program, p.flags, c, dir)
 }
 
 // maxPorts is RTE_MAX_ETHPORTS of the distributions' DPDK.
 const maxPorts = 32
 
 // missing says why a subject cannot be measured in a cell here.
-func (p programs) missing(name string, c cell) error {
+func (p *programs) missing(name string, c cell) error {
 	_, errPMD := enginetest.Program("dpdk-testpmd")
+	_, errOVS := ovsProgram()
 	switch {
 	case errPMD != nil:
 		return errors.New("no dpdk-testpmd (package dpdk-dev)")
+	case name == ovs && errOVS != nil:
+		return errOVS
 	case c.Kicks && (name == pmdIO || name == pmdMAC || name == ovs):
 		return errors.New("it always polls")
 	case c.Ports > maxPorts && name != ours && name != oursAgain:
@@ -96,7 +100,7 @@ func (p programs) missing(name string, c cell) error {
 }
 
 // packetTrials are the rows of the packet paths.
-func (p programs) packetTrials(cells []cell, d time.Duration) []*trial {
+func (p *programs) packetTrials(cells []cell, d time.Duration) []*trial {
 	subjects := p.subjects()
 	var out []*trial
 	for _, c := range cells {

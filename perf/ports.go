@@ -1,9 +1,6 @@
 package main
 
 import (
-	"sync/atomic"
-
-	"sidewire/engine"
 	"sidewire/engine/frame"
 )
 
@@ -27,32 +24,6 @@ func (nowhere) Push(_ int, fs []*frame.Frame) {
 	for _, f := range fs {
 		f.Drop(frame.PortGone)
 	}
-}
-
-// meter is a queue whose busy time is taken, from Pull to the end of Release
-// where Pull found something. The clock is read once for each Pull and once
-// more for each batch, which is in the figure.
-type meter struct {
-	engine.Queue
-	from   int64
-	frames atomic.Uint64
-	busy   atomic.Int64
-}
-
-// Pull implements engine.Queue.
-func (m *meter) Pull(b *frame.Batch) int {
-	m.from = engine.Now()
-	n := m.Queue.Pull(b)
-	if n > 0 {
-		m.frames.Store(m.frames.Load() + uint64(n))
-	}
-	return n
-}
-
-// Release implements engine.Queue.
-func (m *meter) Release(b *frame.Batch) {
-	m.Queue.Release(b)
-	m.busy.Store(m.busy.Load() + engine.Now() - m.from)
 }
 
 // source is a queue that always has a full batch of equal frames.

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -57,7 +56,6 @@ func (t *transcript) len() int {
 
 // procOptions say where a program runs.
 type procOptions struct {
-	cpu int // -1: anywhere
 	env []string
 	// undisturbed asks for as much of the processor as others leave alone at
 	// most; it is for programs that poll.
@@ -67,9 +65,6 @@ type procOptions struct {
 
 // startProc starts a program in a session of its own.
 func startProc(ctx context.Context, o procOptions, name string, argv ...string) (*proc, error) {
-	if o.cpu >= 0 {
-		argv = append([]string{"taskset", "-c", strconv.Itoa(o.cpu)}, argv...)
-	}
 	if o.netns != "" {
 		argv = append([]string{"ip", "netns", "exec", o.netns}, argv...)
 	}

@@ -48,13 +48,14 @@ func (p *progress) now(t *trial, subject string) {
 	p.draw()
 }
 
-func (p *progress) took(t *trial, _ string, d time.Duration) {
+func (p *progress) took(t *trial, d time.Duration) {
 	p.guessed += t.takes
 	p.spent += d
 	p.left -= t.takes
 }
 
 func (p *progress) failed(t *trial, subject string, err error) {
+	p.left -= t.takes
 	p.line("%s: %s: not measured: %v", t.Title, subject, oneLine(err))
 }
 

@@ -59,7 +59,7 @@ func (s *samples) figure(name string, m metric) figure {
 	}
 	sp := spreadOf(f.Samples)
 	f.Spread = &sp
-	if name == s.trial.Subjects[0] {
+	if name == s.trial.Subjects[0] || m.Plain {
 		return f
 	}
 	if xs := s.ratios(name, m.Name); len(xs) > 0 {

@@ -54,7 +54,7 @@ func startTestpmd(ctx context.Context, cpu int, name string, c cell, vdevs, more
 	if c.Size > mbufRoom {
 		argv = append(argv, "--tx-offloads="+txMultiSegs)
 	}
-	p, err := startProc(ctx, procOptions{cpu: -1, undisturbed: true}, name, append(argv, more...)...)
+	p, err := startProc(ctx, procOptions{undisturbed: true}, name, append(argv, more...)...)
 	if err != nil {
 		return nil, err
 	}

@@ -15,6 +15,8 @@ type metric struct {
 	Unit string `json:"unit"`
 	// Less says that less of it is better.
 	Less bool `json:"less"`
+	// Plain figures are mostly zero: nothing is said about their ratio.
+	Plain bool `json:"plain,omitempty"`
 }
 
 // values are the figures that one round brought of one subject, by metric. What
@@ -102,8 +104,8 @@ func (s *samples) round(ctx context.Context, turn int, bar *progress) {
 			bar.failed(t, name, err)
 		default:
 			got[name] = v
+			bar.took(t, time.Since(began))
 		}
-		bar.took(t, name, time.Since(began))
 	}
 	s.rounds = append(s.rounds, got)
 }
@@ -159,6 +161,9 @@ func spreadOf(xs []float64) spread {
 }
 
 func (s spread) String() string {
+	if s.Low == s.High {
+		return short(s.Median)
+	}
 	return fmt.Sprintf("%s (%s-%s)", short(s.Median), short(s.Low), short(s.High))
 }
 
