@@ -99,7 +99,7 @@ const (
 
 // hold says whether to let frames wait for more.
 func (p *Pair) hold(st *txState, b *frame.Batch) bool {
-	if st.q.Avail() >= min(holdFrames, st.q.Size()*3/4) || p.since != 0 && b.Now-p.since >= holdTime {
+	if st.q.Holds(max(1, min(holdFrames, st.q.Size()*3/4))) || p.since != 0 && b.Now-p.since >= holdTime {
 		p.since = 0
 		return false
 	}

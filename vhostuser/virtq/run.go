@@ -61,8 +61,20 @@ func (q *Queue) PopRun(dir Direction, out []Buf) (n int) {
 	return n
 }
 
-// Drained says whether everything that was there at the last look was popped.
-func (q *Queue) Drained() bool { return q.next == q.seen && q.err == nil }
+// Drained says whether it is known without another look that everything that
+// was there was popped.
+func (q *Queue) Drained() bool { return q.next == q.seen && q.err == nil && q.packed == nil }
+
+// Holds says whether at least n descriptors wait, n from 1 to the ring's size.
+// It looks at one place only.
+func (q *Queue) Holds(n int) bool {
+	if p := q.packed; p != nil {
+		// The driver makes descriptors available in their order.
+		_, ok := p.read(p.next.forward(n-1, len(p.ring)))
+		return ok && n <= len(p.ring)-p.out
+	}
+	return q.Avail() >= n
+}
 
 // PutRun stages the return of chains that PopRun took, each with its N.
 func (q *Queue) PutRun(bufs []Buf) {

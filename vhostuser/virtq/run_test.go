@@ -136,3 +136,17 @@ func BenchmarkRun(b *testing.B) {
 		})
 	}
 }
+
+func TestHolds(t *testing.T) {
+	d, q := newQueue(t, Config{Size: 16})
+	require.False(t, q.Holds(1))
+	for i := range 5 {
+		d.desc(i, desc{bufA, 64, 0, 0})
+		d.offer(uint16(i))
+	}
+	require.True(t, q.Holds(5))
+	require.False(t, q.Holds(6))
+	require.Equal(t, 2, q.PopRun(Readable, make([]Buf, 2)))
+	require.True(t, q.Holds(3))
+	require.False(t, q.Holds(4))
+}
