@@ -266,13 +266,33 @@ func (n *lanNIC) mtu() int {
 	return m
 }
 
+// What a switch reads of a frame: the Ethernet header with a tag, and to keep
+// flows on their queues the addresses and ports behind it.
+const (
+	switchHead = frame.EthernetLen + 4
+	flowHead   = switchHead + 40 + 4
+)
+
+// snapshot is how much of a frame the stages of the port read.
+func (n *lanNIC) snapshot() int {
+	if n.iface.Network.Lease != nil {
+		return 0 // a server of DHCP reads whole messages
+	}
+	for _, o := range n.lan.nics {
+		if o.iface.QueuePairs > 1 {
+			return flowHead
+		}
+	}
+	return switchHead
+}
+
 func (n *lanNIC) open(s *server, o *options) error {
 	for _, u := range n.lan.ups {
 		if n.mtu() > u.mtu {
 			s.log.Warn("long frames of the guest do not pass the uplink", "interface", n.name(), "mtu", n.mtu(), "link", u.link, "linkMTU", u.mtu)
 		}
 	}
-	if err := n.nic.open(s, o, n.mtu(), nil); err != nil {
+	if err := n.nic.open(s, o, n.mtu(), n.snapshot(), nil); err != nil {
 		return err
 	}
 	lease := n.iface.Network.Lease

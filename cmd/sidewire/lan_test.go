@@ -81,7 +81,10 @@ func plugNIC(t *testing.T, p *process, nic string, o vhosttest.Options) *vm {
 	t.Helper()
 	st := p.nicOf(nic)
 	o.Path = st.Socket
-	require.NoError(t, o.MAC.UnmarshalText([]byte(st.MAC)))
+	o.MAC = guestMAC // where the VMI leaves it open
+	if st.MAC != "" {
+		require.NoError(t, o.MAC.UnmarshalText([]byte(st.MAC)))
+	}
 	v := &vm{t: t, ns: enginetest.NewNetNS(t), dir: t.TempDir()}
 	var err error
 	v.tap, err = vhosttest.StartTapGuest(vhosttest.TapOptions{Options: o, NetNS: v.ns.Path})

@@ -39,11 +39,12 @@ func (n *nic) mac() (m frame.MAC) {
 	return m
 }
 
-// open makes the device and its port.
-func (n *nic) open(s *server, o *options, mtu int, onRARP func(frame.MAC)) (err error) {
+// open makes the device and its port. snapshot is how many bytes of a frame the
+// port's stages read, 0 for all that they can.
+func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
 	n.device, err = vhostuser.NewDevice(vhostuser.Config{
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
-		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO,
+		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Snapshot: snapshot,
 		Barrier: s.engine.Barrier, Log: s.log.With("interface", n.name()), OnRARP: onRARP,
 	})
 	if err != nil {
@@ -115,7 +116,7 @@ func (n *podNIC) open(s *server, o *options) error {
 		return err
 	}
 	learn := func(m frame.MAC) { n.pod.nat.LearnMAC(n.index, m) }
-	if err := n.nic.open(s, o, n.pod.host.MTU(), learn); err != nil {
+	if err := n.nic.open(s, o, n.pod.host.MTU(), 0, learn); err != nil {
 		return err
 	}
 	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {

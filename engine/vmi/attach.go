@@ -34,6 +34,8 @@ func (docs *Docs) attachFault(v *VMI, networkName string) string {
 	case nad == nil:
 		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given; given are %s. Add its file with --nad FILE, or name one of them",
 			nadKey(v, networkName), docs.nadList())
+	case nad.unread:
+		return ""
 	case nad.Config == nil:
 		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no spec.config that can be read", nad.Key(), nad.place())
 	case nad.Switch == nil:

@@ -18,6 +18,8 @@ type NAD struct {
 	Config          []byte  // the CNI configuration, sound JSON; nil if the definition has none
 	Type            string  // the CNI type, or that of the first plugin of a list; may be empty
 	Switch          *Switch // what it asks of a switch; nil if its type is not one of ServedTypes
+
+	unread bool // there is a configuration, but it cannot be read, which has been said
 }
 
 // ServedTypes are the types of a definition that a switch of sidewire's stands in for.
@@ -74,10 +76,13 @@ func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 func (d *decoder) cniConfig(n *yaml.Node, path string, nad *NAD) {
 	if r := d.resolve(n); r != nil && r.Kind == yaml.MappingNode {
 		d.fault(n, path, "must be a text that holds JSON, found a mapping; put it in single quotes")
+		nad.unread = true
 		return
 	}
+	before := len(d.faults)
 	root, config := d.cniNode(n, path)
 	if root == nil {
+		nad.unread = len(d.faults) > before
 		return
 	}
 	nad.Config = config
