@@ -71,7 +71,9 @@ func ends(done chan struct{}) func() bool {
 
 // H045: a frontend's counter that blocks is made not to, for interrupts and
 // for errors.
-func TestFullBlockingCounter_H045(t *testing.T) {
+func TestFullBlockingCounter_H045(t *testing.T) { bothRings(t, testFullBlockingCounter_H045) }
+
+func testFullBlockingCounter_H045(t *testing.T) {
 	noLeak(t)
 	call, errFD := blocking(t), blocking(t)
 	defer closeFD(errFD)
@@ -85,9 +87,8 @@ func TestFullBlockingCounter_H045(t *testing.T) {
 	}
 	enginetest.Eventually(t, 5*time.Second, ends(deliver(d, f)))
 	require.EqualValues(t, 1, f.rings[0].usedIdx())
-	// An index that jumps breaks the ring, which is told by its error counter.
-	f.rings[0].avail += 5000
-	f.rings[0].recv(10)
+	// A ring that breaks is told by its error counter.
+	f.rings[0].breakIt()
 	pushBytes(d, testFrame(60, 1))
 	enginetest.Eventually(t, 5*time.Second, func() bool { return d.Status().Counters["ring_errors"] == 1 })
 	require.Zero(t, d.Status().Counters["stalled_interrupts"])
@@ -95,7 +96,9 @@ func TestFullBlockingCounter_H045(t *testing.T) {
 
 // A frontend that makes a worker wait on purpose is found out, the worker goes
 // on, and the connection ends.
-func TestHostileCounterIsFreed(t *testing.T) {
+func TestHostileCounterIsFreed(t *testing.T) { bothRings(t, testHostileCounterIsFreed) }
+
+func testHostileCounterIsFreed(t *testing.T) {
 	for name, while := range map[string]func(f *front){
 		"held": func(*front) {},
 		"replaced meanwhile": func(f *front) {
@@ -126,7 +129,9 @@ func TestHostileCounterIsFreed(t *testing.T) {
 }
 
 // Nothing ticks once interrupts have ceased.
-func TestStallTimerEnds(t *testing.T) {
+func TestStallTimerEnds(t *testing.T) { bothRings(t, testStallTimerEnds) }
+
+func testStallTimerEnds(t *testing.T) {
 	noLeak(t)
 	d, f := withCall(t, eventfd(t))
 	<-deliver(d, f)

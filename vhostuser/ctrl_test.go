@@ -41,7 +41,9 @@ func (r *guestRing) answer(head uint16, ack uint32) byte {
 	return r.f.mem[ack]
 }
 
-func TestControlQueue(t *testing.T) {
+func TestControlQueue(t *testing.T) { bothRings(t, testControlQueue) }
+
+func testControlQueue(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
@@ -90,13 +92,16 @@ func TestControlQueue(t *testing.T) {
 	c.post(guestBuf{testMem, 2, false})
 	_, _ = unix.Write(c.kick, u64(1))
 	enginetest.Eventually(t, 5*time.Second, func() bool { return c.usedIdx() == c.used+2 })
-	c.used += 2
+	c.take()
+	c.take()
 	require.EqualValues(t, ctrlOK, c.command(0, 0, 0))
 	require.False(t, d.Status().Filter.Promisc)
 }
 
 // The guest chooses how many queues it uses and which offloads.
-func TestControlSteers(t *testing.T) {
+func TestControlSteers(t *testing.T) { bothRings(t, testControlSteers) }
+
+func testControlSteers(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
@@ -132,7 +137,9 @@ func TestControlSteers(t *testing.T) {
 }
 
 // Without a configuration space, or without MQ, ring 2 is the control queue.
-func TestControlQueueIndex(t *testing.T) {
+func TestControlQueueIndex(t *testing.T) { bothRings(t, testControlQueueIndex) }
+
+func testControlQueueIndex(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 3})
 	f := connect(t, d)

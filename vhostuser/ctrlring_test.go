@@ -16,6 +16,10 @@ import (
 // H048: a frontend sets up the ring behind the pairs without having negotiated
 // a control queue. It never runs, and taking it away again harms nobody.
 func TestLastRingWithoutControlQueue_H048(t *testing.T) {
+	bothRings(t, testLastRingWithoutControlQueue_H048)
+}
+
+func testLastRingWithoutControlQueue_H048(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -34,6 +38,10 @@ func TestLastRingWithoutControlQueue_H048(t *testing.T) {
 // changes under running rings none is left behind in the data path, with
 // memory that is gone.
 func TestProtocolFeaturesChangeTheControlQueue(t *testing.T) {
+	bothRings(t, testProtocolFeaturesChangeTheControlQueue)
+}
+
+func testProtocolFeaturesChangeTheControlQueue(t *testing.T) {
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
 	f.bringUp(ctrlFeats, 4)
@@ -62,7 +70,9 @@ func TestProtocolFeaturesChangeTheControlQueue(t *testing.T) {
 
 // A tx ring without a kick descriptor is looked at all the time (message 12,
 // bit 8): nobody would wake the worker.
-func TestRingWithoutKickIsPolled_H010(t *testing.T) {
+func TestRingWithoutKickIsPolled_H010(t *testing.T) { bothRings(t, testRingWithoutKickIsPolled_H010) }
+
+func testRingWithoutKickIsPolled_H010(t *testing.T) {
 	d := newDevice(t, Config{})
 	f := connect(t, d)
 	f.bringUp(plainFeats, 2)

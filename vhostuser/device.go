@@ -62,6 +62,10 @@ type Config struct {
 	// frame.HeadSize. Of short frames and those with offloads it is as much as
 	// there may be.
 	Snapshot int
+	// Packed offers packed virtqueues. A frontend cannot find out where such a
+	// ring stands after a backend has died, so the guest's network does not
+	// come back from that before the guest resets the device.
+	Packed bool
 	// NoGuestTSO withholds GUEST_TSO4/6, for guests that cannot take long
 	// frames although they say so (XDP).
 	NoGuestTSO bool

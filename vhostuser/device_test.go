@@ -16,7 +16,9 @@ var (
 	_ Watcher        = (*engine.Worker)(nil)
 )
 
-func TestThereAndBack(t *testing.T) {
+func TestThereAndBack(t *testing.T) { bothRings(t, testThereAndBack) }
+
+func testThereAndBack(t *testing.T) {
 	d := newDevice(t, Config{QueuePairs: 1})
 	f := connect(t, d)
 	f.bringUp(plainFeats|featMrgRxbuf, 2)
@@ -52,5 +54,5 @@ func TestThereAndBack(t *testing.T) {
 	require.Equal(t, Up, d.Status().State)
 
 	p := f.ask(GetVringBase, u32s(1, 0))
-	require.Equal(t, u32s(1, 2), p)
+	require.Equal(t, u32s(1, f.baseOf(2)), p)
 }

@@ -35,6 +35,7 @@ const (
 	featEventIdx          = 1 << 29
 	featProtocolFeatures  = 1 << 30
 	featVersion1          = 1 << 32
+	featRingPacked        = 1 << 34
 	featGuestUSO4         = 1 << 54
 	featGuestUSO6         = 1 << 55
 	featHostUSO           = 1 << 56
@@ -65,6 +66,9 @@ const offeredProtocol = protoMQ | protoRARP | protoReplyAck | protoMTU | protoBa
 	protoResetDevice | protoMemSlots | protoStatus
 
 // offered returns the virtio features that a device of this configuration has.
+// IN_ORDER is not among them: tx buffers go back in the order in which they
+// came, but a frame that is received into the guest's own buffers (Reserver)
+// goes back when its fate is known, and others may pass it meanwhile.
 func (c *Config) offered() uint64 {
 	f := uint64(featCSUM | featGuestCSUM | featHostTSO4 | featHostTSO6 | featHostECN | featMrgRxbuf | featStatus |
 		featGuestAnnounce | featNotifyOnEmpty | featLogAll | featAnyLayout | featIndirectDesc | featEventIdx |
@@ -78,6 +82,9 @@ func (c *Config) offered() uint64 {
 	if c.QueuePairs > 1 {
 		f |= featMQ
 	}
+	if c.Packed {
+		f |= featRingPacked
+	}
 	if c.QueuePairs <= maxPairsWithCtrl {
 		f |= ctrlFeatures
 	}
@@ -89,7 +96,7 @@ var featureNames = map[int]string{
 	9: "GUEST_ECN", 11: "HOST_TSO4", 12: "HOST_TSO6", 13: "HOST_ECN", 15: "MRG_RXBUF", 16: "STATUS",
 	17: "CTRL_VQ", 18: "CTRL_RX", 19: "CTRL_VLAN", 20: "CTRL_RX_EXTRA", 21: "GUEST_ANNOUNCE", 22: "MQ",
 	23: "CTRL_MAC_ADDR", 24: "NOTIFY_ON_EMPTY", 26: "LOG_ALL", 27: "ANY_LAYOUT", 28: "INDIRECT_DESC",
-	29: "EVENT_IDX", 30: "PROTOCOL_FEATURES", 32: "VERSION_1", 54: "GUEST_USO4", 55: "GUEST_USO6", 56: "HOST_USO",
+	29: "EVENT_IDX", 30: "PROTOCOL_FEATURES", 32: "VERSION_1", 34: "RING_PACKED", 54: "GUEST_USO4", 55: "GUEST_USO6", 56: "HOST_USO",
 }
 
 var protocolNames = map[int]string{

@@ -4,14 +4,12 @@ import (
 	"reflect"
 
 	"sidewire/engine/frame"
-	"sidewire/vhostuser/virtq"
 )
 
 // Sizes of what a pair is made of.
 var (
 	pairSize    = int(reflect.TypeFor[Pair]().Size())
 	ringSize    = int(reflect.TypeFor[ring]().Size())
-	queueSize   = int(reflect.TypeFor[virtq.Queue]().Size())
 	segSize     = int(reflect.TypeFor[[]byte]().Size())
 	segmentSize = int(reflect.TypeFor[frame.Segmenter]().Size())
 )
@@ -22,7 +20,7 @@ func (p *Pair) footprint() int {
 	n := pairSize + 2*ringSize
 	for _, r := range p.dev.rings[2*p.index:][:2] {
 		if r.q != nil {
-			n += queueSize
+			n += r.q.Footprint()
 		}
 	}
 	x := &p.rx

@@ -17,7 +17,9 @@ func heap() uint64 {
 
 // What status says of a pair's memory is what it takes, and less than the 64 KiB
 // of each queue that the kernel's vhost takes.
-func TestFootprint(t *testing.T) {
+func TestFootprint(t *testing.T) { bothRings(t, testFootprint) }
+
+func testFootprint(t *testing.T) {
 	const pairs = 100
 	before := heap()
 	d := newDevice(t, Config{QueuePairs: pairs})

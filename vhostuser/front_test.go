@@ -42,6 +42,22 @@ type front struct {
 	mem   []byte
 	rings [9]*guestRing
 	next  uint32 // free buffer memory, as offset
+
+	packed bool // the rings are packed
+}
+
+// packedRings lets frontends negotiate packed rings wherever they say nothing
+// else. bothRings sets it.
+var packedRings bool
+
+// bothRings runs a test over split and over packed rings.
+func bothRings(t *testing.T, test func(t *testing.T)) {
+	t.Run("split", test)
+	t.Run("packed", func(t *testing.T) {
+		packedRings = true
+		defer func() { packedRings = false }()
+		test(t)
+	})
 }
 
 // guestRing is the driver's side of one ring.
@@ -52,6 +68,9 @@ type guestRing struct {
 	avail      uint16
 	used       uint16
 	free       uint16
+	lens       [testRing]uint16 // of the chains of a packed ring
+	usedAt     uint16           // where its next used element comes
+	lap, uslap uint16           // wrap counters at free and usedAt
 }
 
 func memfd(t testing.TB, size int64) int {
@@ -90,6 +109,7 @@ func newDevice(t testing.TB, c Config) *Device {
 		c.Path = filepath.Join(t.TempDir(), "s")
 	}
 	c.Name = "test"
+	c.Packed = c.Packed || packedRings
 	d, err := NewDevice(c)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, d.Close()) })
@@ -121,8 +141,9 @@ func connect(t testing.TB, d *Device) *front {
 	f.mem, err = unix.Mmap(f.memfd, 0, testMem, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 	require.NoError(t, err)
 	for i := range f.rings {
-		f.rings[i] = &guestRing{f: f, index: uint32(i), kick: eventfd(t), call: eventfd(t)}
+		f.rings[i] = &guestRing{f: f, index: uint32(i), kick: eventfd(t), call: eventfd(t), lap: 1, uslap: 1}
 	}
+	f.packed = packedRings
 	t.Cleanup(f.close)
 	return f
 }
@@ -144,6 +165,9 @@ func (f *front) close() {
 // send writes one message.
 func (f *front) send(req Request, flags uint32, payload []byte, fds ...int) {
 	f.t.Helper()
+	if f.packed && req == SetFeatures && len(payload) == 8 {
+		payload = u64(native.Uint64(payload) | featRingPacked)
+	}
 	b := make([]byte, headerLen, headerLen+len(payload))
 	native.PutUint32(b, uint32(req))
 	native.PutUint32(b[4:], flags)
@@ -242,11 +266,20 @@ func (f *front) start(index int, base uint16) *guestRing {
 	f.t.Helper()
 	i, r := uint32(index), f.rings[index]
 	f.do(SetVringNum, u32s(i, testRing))
-	f.do(SetVringBase, u32s(i, uint32(base)))
+	f.do(SetVringBase, u32s(i, f.baseOf(base)))
 	f.do(SetVringAddr, addr(i, 0, uint64(i)*ringSpace))
 	f.do(SetVringKick, u64(uint64(i)), r.kick)
 	f.do(SetVringCall, u64(uint64(i)), r.call)
 	return r
+}
+
+// baseOf is what SET_VRING_BASE is told for an index of a split ring.
+func (f *front) baseOf(i uint16) uint32 {
+	if f.packed {
+		at := uint32(i%testRing | (1^i/testRing&1)<<15)
+		return at | at<<16
+	}
+	return uint32(i)
 }
 
 // bringUp starts rings 0 to n-1 with the given features.
@@ -287,6 +320,10 @@ func (r *guestRing) word(off uint32) *uint32 {
 // post makes a chain available and returns its head.
 func (r *guestRing) post(bufs ...guestBuf) uint16 {
 	head := r.free
+	if r.f.packed {
+		r.postPacked(bufs)
+		return head
+	}
 	for i, b := range bufs {
 		d := r.at(uint32(r.free) * 16)
 		native.PutUint64(d, testGPA+uint64(b.at))
@@ -308,6 +345,86 @@ func (r *guestRing) post(bufs ...guestBuf) uint16 {
 	return head
 }
 
+// postPacked is post on a packed ring. The buffer id is the place of the first
+// descriptor.
+func (r *guestRing) postPacked(bufs []guestBuf) {
+	head := r.free
+	r.lens[head] = uint16(len(bufs))
+	r.avail++
+	var first uint32
+	for i, b := range bufs {
+		off := uint32(r.free) * 16
+		d := r.at(off)
+		native.PutUint64(d, testGPA+uint64(b.at))
+		native.PutUint32(d[8:], uint32(b.len))
+		flags := uint32(0x8000) >> (8 * r.lap)
+		if b.write {
+			flags |= 2
+		}
+		if i < len(bufs)-1 {
+			flags |= 1
+		}
+		word := uint32(head) | flags<<16
+		if i == 0 {
+			first = word
+		} else {
+			native.PutUint32(d[12:], word)
+		}
+		if r.free++; r.free == testRing {
+			r.free, r.lap = 0, r.lap^1
+		}
+	}
+	atomic.StoreUint32(r.word(uint32(head)*16+12), first)
+}
+
+// reset makes the ring what a driver that starts finds.
+func (r *guestRing) reset() {
+	clear(r.at(0)[:ringSpace])
+	r.avail, r.used, r.free, r.usedAt, r.lap, r.uslap = 0, 0, 0, 0, 1, 1
+}
+
+// again lends the device the next n descriptors of a packed ring once more, as
+// buffers of size bytes.
+func (r *guestRing) again(n int, size uint32) {
+	for range n {
+		off := uint32(r.free) * 16
+		native.PutUint32(r.at(off)[8:], size)
+		atomic.StoreUint32(r.word(off+12), uint32(r.free)|(0x8000>>(8*uint32(r.lap))|2)<<16)
+		if r.free++; r.free == testRing {
+			r.free, r.lap = 0, r.lap^1
+		}
+	}
+}
+
+// breakIt makes the ring one that cannot be followed: an index that jumps, or a
+// chain without an end (H049, H068).
+func (r *guestRing) breakIt() {
+	if r.f.packed {
+		atomic.StoreUint32(r.word(uint32(r.free)*16+12), (0x8000>>(8*uint32(r.lap))|1)<<16)
+		return
+	}
+	r.avail += 5000
+	r.recv(10)
+}
+
+// takePacked is take on a packed ring.
+func (r *guestRing) takePacked() (head uint16, n uint32, ok bool) {
+	off := uint32(r.usedAt) * 16
+	word := atomic.LoadUint32(r.word(off + 12))
+	if word>>16&0x8080 != uint32(r.uslap)*0x8080 {
+		return 0, 0, false
+	}
+	head = uint16(word)
+	if word>>16&2 != 0 {
+		n = native.Uint32(r.at(off)[8:])
+	}
+	r.used++
+	if r.usedAt += r.lens[head%testRing]; r.usedAt >= testRing {
+		r.usedAt, r.uslap = r.usedAt-testRing, r.uslap^1
+	}
+	return head, n, true
+}
+
 // send posts a frame with its header, in one buffer.
 func (r *guestRing) send(o frame.Offload, hdr int, b []byte) uint16 {
 	at := r.f.alloc(hdr + len(b))
@@ -319,16 +436,34 @@ func (r *guestRing) send(o frame.Offload, hdr int, b []byte) uint16 {
 // recv posts an empty buffer.
 func (r *guestRing) recv(n int) uint16 { return r.post(guestBuf{r.f.alloc(n), n, true}) }
 
-func (r *guestRing) usedIdx() uint16 { return uint16(atomic.LoadUint32(r.word(usedAt)) >> 16) }
+// usedIdx is the used index; of a packed ring, what it would be.
+func (r *guestRing) usedIdx() uint16 {
+	if r.f.packed {
+		ahead := *r
+		for _, _, ok := ahead.take(); ok; _, _, ok = ahead.take() {
+		}
+		return ahead.used
+	}
+	return uint16(atomic.LoadUint32(r.word(usedAt)) >> 16)
+}
 
 // take returns the next used element, if there is one.
 func (r *guestRing) take() (head uint16, n uint32, ok bool) {
+	if r.f.packed {
+		return r.takePacked()
+	}
 	if r.usedIdx() == r.used {
 		return 0, 0, false
 	}
 	e := r.at(usedAt + 4 + 8*uint32(r.used%testRing))
 	r.used++
 	return uint16(native.Uint32(e)), native.Uint32(e[4:]), true
+}
+
+// takeAll takes the used elements that there are.
+func (r *guestRing) takeAll() {
+	for _, _, ok := r.take(); ok; _, _, ok = r.take() {
+	}
 }
 
 // bytes returns what lies in the buffer of a head's first descriptor.

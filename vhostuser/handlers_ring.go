@@ -31,12 +31,21 @@ func (s *session) setVringNum(m *message) error {
 	if r, err = s.stopped(index); err != nil {
 		return err
 	}
-	if num == 0 || num > 32768 || num&(num-1) != 0 {
+	if num == 0 || num > 32768 || num&(num-1) != 0 && !s.dev.mayBePacked() {
 		return fmt.Errorf("%w: ring %d of %d entries", ErrRefused, index, num)
 	}
 	r.num = num
 	s.dev.resume(r)
 	return nil
+}
+
+// mayBePacked says whether rings are packed, or will be for all that is known.
+func (d *Device) mayBePacked() bool {
+	f := d.features
+	if !d.featuresSet {
+		f = d.offered
+	}
+	return f&featRingPacked != 0
 }
 
 // setVringAddr also comes while the ring runs, with another log flag (T6).
@@ -62,14 +71,17 @@ func (s *session) setVringAddr(m *message) error {
 	return err
 }
 
-// setVringBase is always believed, whatever we answered before (T4).
+// setVringBase is always believed, whatever we answered before (T4). For a
+// packed ring it tells two places, available and used, each with its wrap
+// counter in bit 15. They are the same, as every chain is returned before a
+// ring stops; but some frontends and backends tell the first one only.
 func (s *session) setVringBase(m *message) error {
 	index, base := m.state()
 	r, err := s.stopped(index)
 	if err != nil {
 		return err
 	}
-	if base > 0xffff {
+	if base > 0xffff && !s.dev.mayBePacked() {
 		return fmt.Errorf("%w: ring %d begins at %d", ErrRefused, index, base)
 	}
 	r.base = uint16(base)
@@ -83,7 +95,11 @@ func (s *session) getVringBase(m *message) error {
 		return err
 	}
 	s.dev.stop(r)
-	m.replyState(index, uint32(r.base))
+	base := uint32(r.base)
+	if s.dev.features&featRingPacked != 0 {
+		base |= base << 16
+	}
+	m.replyState(index, base)
 	return nil
 }
 

@@ -105,7 +105,9 @@ func TestHostileStream(t *testing.T) {
 }
 
 // H003: the stream may come in any pieces; H006: or two messages at once.
-func TestPieces(t *testing.T) {
+func TestPieces(t *testing.T) { bothRings(t, testPieces) }
+
+func testPieces(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -234,7 +236,9 @@ func TestHostileMessages(t *testing.T) {
 }
 
 // H021: the answer to a bad GET_CONFIG is an empty one.
-func TestGetConfig(t *testing.T) {
+func TestGetConfig(t *testing.T) { bothRings(t, testGetConfig) }
+
+func testGetConfig(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{MAC: frame.MAC{2, 1, 2, 3, 4, 5}, MTU: 1450, QueuePairs: 3})
 	f := connect(t, d)
@@ -254,7 +258,9 @@ func TestGetConfig(t *testing.T) {
 
 // H008: descriptors that do not belong to a message are closed, and the
 // message is processed.
-func TestSurplusDescriptors(t *testing.T) {
+func TestSurplusDescriptors(t *testing.T) { bothRings(t, testSurplusDescriptors) }
+
+func testSurplusDescriptors(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -275,7 +281,9 @@ func TestSurplusDescriptors(t *testing.T) {
 }
 
 // H009: messages that hold on to something, again and again.
-func TestRepeatedMessages(t *testing.T) {
+func TestRepeatedMessages(t *testing.T) { bothRings(t, testRepeatedMessages) }
+
+func testRepeatedMessages(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -303,7 +311,9 @@ func TestRepeatedMessages(t *testing.T) {
 }
 
 // H014: any order before all else.
-func TestAnyOrder(t *testing.T) {
+func TestAnyOrder(t *testing.T) { bothRings(t, testAnyOrder) }
+
+func testAnyOrder(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -321,7 +331,9 @@ func TestAnyOrder(t *testing.T) {
 }
 
 // H020: SEND_RARP needs nothing but a unicast address (T10).
-func TestSendRARP(t *testing.T) {
+func TestSendRARP(t *testing.T) { bothRings(t, testSendRARP) }
+
+func testSendRARP(t *testing.T) {
 	noLeak(t)
 	var got []frame.MAC
 	d := newDevice(t, Config{OnRARP: func(m frame.MAC) { got = append(got, m) }})
@@ -336,7 +348,9 @@ func TestSendRARP(t *testing.T) {
 
 // H017: a frontend that reads no replies loses its connection, and nobody
 // else waits for it.
-func TestReplyNotRead(t *testing.T) {
+func TestReplyNotRead(t *testing.T) { bothRings(t, testReplyNotRead) }
+
+func testReplyNotRead(t *testing.T) {
 	noLeak(t)
 	defer func(was time.Duration) { replyTimeout = was }(replyTimeout)
 	replyTimeout = 100 * time.Millisecond
@@ -358,7 +372,9 @@ func TestReplyNotRead(t *testing.T) {
 }
 
 // H030, H034: memory that is cut short or taken away stops the rings.
-func TestMemoryGone(t *testing.T) {
+func TestMemoryGone(t *testing.T) { bothRings(t, testMemoryGone) }
+
+func testMemoryGone(t *testing.T) {
 	t.Run("H030 truncated", func(t *testing.T) {
 		noLeak(t)
 		d := newDevice(t, Config{})
@@ -386,8 +402,7 @@ func TestMemoryGone(t *testing.T) {
 		// A grown file and a new start of the rings, and all is well.
 		require.NoError(t, unix.Ftruncate(f.memfd, testMem))
 		f.ask(GetVringBase, u32s(1, 0))
-		f.rings[1].avail, f.rings[1].used = 0, 0
-		clear(f.mem[ringSpace : 2*ringSpace])
+		f.rings[1].reset()
 		f.start(1, 0)
 		f.rings[1].send(frame.Offload{}, 12, testFrame(500, 1))
 		got, _ := pull(d.Pairs()[0])
@@ -430,7 +445,9 @@ func TestMemoryGone(t *testing.T) {
 }
 
 // H041: rings that cannot be are not started, and the frontend is told.
-func TestBadRingAddresses(t *testing.T) {
+func TestBadRingAddresses(t *testing.T) { bothRings(t, testBadRingAddresses) }
+
+func testBadRingAddresses(t *testing.T) {
 	for name, a := range map[string][3]uint64{
 		"unmapped":           {1, 2, 3},
 		"used unmapped":      {testUVA, testUVA + availAt, 0},
@@ -449,6 +466,7 @@ func TestBadRingAddresses(t *testing.T) {
 			defer closeFD(ev)
 			f.do(SetVringErr, u64(1), ev)
 			f.do(SetVringNum, u32s(1, testRing))
+			f.do(SetVringBase, u32s(1, f.baseOf(0)))
 			f.do(SetVringAddr, append(u32s(1, 0), u64s(a[0], a[2], a[1], ^uint64(0))...))
 			f.do(SetVringKick, u64(1), f.rings[1].kick)
 			var b [8]byte
@@ -467,13 +485,20 @@ func TestBadRingAddresses(t *testing.T) {
 
 // H043, H049, H050: a ring that cannot be followed stops, and starts again
 // with GET_VRING_BASE and KICK.
-func TestBrokenRing(t *testing.T) {
+func TestBrokenRing(t *testing.T) { bothRings(t, testBrokenRing) }
+
+func testBrokenRing(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
 	f.bringUp(plainFeats, 4)
 	f.ask(GetVringBase, u32s(1, 0))
-	tx := f.start(1, 1000)
+	base := uint16(1000)
+	if f.packed {
+		base = 0
+		f.rings[1].breakIt()
+	}
+	tx := f.start(1, base)
 	got, _ := pull(d.Pairs()[0])
 	require.Empty(t, got)
 	enginetest.Eventually(t, 2*time.Second, func() bool { return d.Status().Counters["ring_errors"] == 1 })
@@ -482,7 +507,8 @@ func TestBrokenRing(t *testing.T) {
 	f.rings[3].send(frame.Offload{}, 12, testFrame(60, 3))
 	got, _ = pull(d.Pairs()[1])
 	require.Len(t, got, 1)
-	require.Equal(t, u32s(1, 1000), f.ask(GetVringBase, u32s(1, 0)))
+	require.Equal(t, u32s(1, f.baseOf(base)), f.ask(GetVringBase, u32s(1, 0)))
+	tx.reset()
 	f.start(1, 0)
 	tx.send(frame.Offload{}, 12, testFrame(60, 1))
 	got, _ = pull(d.Pairs()[0])
@@ -490,7 +516,9 @@ func TestBrokenRing(t *testing.T) {
 }
 
 // H045: a call descriptor that is full never blocks us.
-func TestCallFull(t *testing.T) {
+func TestCallFull(t *testing.T) { bothRings(t, testCallFull) }
+
+func testCallFull(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -507,7 +535,9 @@ func TestCallFull(t *testing.T) {
 }
 
 // H048: all rings that there can be, with holes.
-func TestMostRings(t *testing.T) {
+func TestMostRings(t *testing.T) { bothRings(t, testMostRings) }
+
+func testMostRings(t *testing.T) {
 	noLeak(t)
 	for _, n := range []int{127, 128} {
 		d := newDevice(t, Config{QueuePairs: n})
@@ -530,15 +560,21 @@ func TestMostRings(t *testing.T) {
 func procFD(fd int) string { return "/proc/self/fd/" + itoa(fd) }
 
 // H049 on an rx ring, in the middle of a batch.
-func TestBrokenRxRing(t *testing.T) {
+func TestBrokenRxRing(t *testing.T) { bothRings(t, testBrokenRxRing) }
+
+func testBrokenRxRing(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
 	f.bringUp(plainFeats|featMrgRxbuf, 2)
 	rx := f.rings[0]
 	rx.recv(2000)
-	rx.post(guestBuf{f.alloc(2000), 2000, true})
-	native.PutUint16(rx.at(availAt+4+2), testRing) // H050
+	if f.packed {
+		rx.breakIt()
+	} else {
+		rx.post(guestBuf{f.alloc(2000), 2000, true})
+		native.PutUint16(rx.at(availAt+4+2), testRing) // H050
+	}
 	fs := pushBytes(d, testFrame(60, 1), testFrame(60, 2), testFrame(60, 3))
 	require.Equal(t, frame.ReasonNone, fs[0].Reason)
 	require.Equal(t, frame.QueueStopped, fs[1].Reason)
@@ -551,7 +587,9 @@ func TestBrokenRxRing(t *testing.T) {
 
 // H035: QEMU 7.2 adds and removes every region once for each queue pair; the
 // same one again is acknowledged and changes nothing, nor does the first removal.
-func TestSameRegionAgain_H035(t *testing.T) {
+func TestSameRegionAgain_H035(t *testing.T) { bothRings(t, testSameRegionAgain_H035) }
+
+func testSameRegionAgain_H035(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)

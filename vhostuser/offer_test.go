@@ -9,7 +9,9 @@ import (
 )
 
 // The per-device switch withholds GSO towards the guest, and nothing else.
-func TestNoGuestTSOWithholdsIt(t *testing.T) {
+func TestNoGuestTSOWithholdsIt(t *testing.T) { bothRings(t, testNoGuestTSOWithholdsIt) }
+
+func testNoGuestTSOWithholdsIt(t *testing.T) {
 	offered := func(c Config) uint64 {
 		f := connect(t, newDevice(t, c))
 		return native.Uint64(f.ask(GetFeatures, nil))
@@ -23,7 +25,9 @@ func TestNoGuestTSOWithholdsIt(t *testing.T) {
 
 // H071: a frame that leaves its checksum to us is lost if CSUM was not
 // negotiated.
-func TestPartialChecksumNeedsCSUM_H071(t *testing.T) {
+func TestPartialChecksumNeedsCSUM_H071(t *testing.T) { bothRings(t, testPartialChecksumNeedsCSUM_H071) }
+
+func testPartialChecksumNeedsCSUM_H071(t *testing.T) {
 	partial := frame.Offload{Flags: frame.NeedsCsum, CsumStart: 34, CsumOffset: 6}
 	b := make([]byte, 60)
 	copy(b, testFrame(14, 1))
@@ -42,7 +46,9 @@ func TestPartialChecksumNeedsCSUM_H071(t *testing.T) {
 
 // NOTIFY_ON_EMPTY: the guest is told that its ring is empty although it wants
 // no interrupts.
-func TestNotifyOnEmpty(t *testing.T) {
+func TestNotifyOnEmpty(t *testing.T) { bothRings(t, testNotifyOnEmpty) }
+
+func testNotifyOnEmpty(t *testing.T) {
 	for _, extra := range []uint64{0, featNotifyOnEmpty} {
 		d := newDevice(t, Config{})
 		f := connect(t, d)
@@ -50,7 +56,11 @@ func TestNotifyOnEmpty(t *testing.T) {
 		r := f.rings[1]
 		r.signalled() // the one after SET_VRING_CALL
 		r.send(frame.Offload{}, 12, testFrame(100, 1))
-		native.PutUint16(r.at(availAt), 1) // no interrupts
+		noInterrupts := uint32(availAt)
+		if f.packed {
+			noInterrupts += 2
+		}
+		native.PutUint16(r.at(noInterrupts), 1)
 		got, _ := pull(d.Pairs()[0])
 		require.Len(t, got, 1)
 		require.Equal(t, extra != 0, r.signalled())
@@ -58,7 +68,9 @@ func TestNotifyOnEmpty(t *testing.T) {
 }
 
 // A legacy driver sets its address through the configuration space.
-func TestLegacyDriverSetsItsMAC(t *testing.T) {
+func TestLegacyDriverSetsItsMAC(t *testing.T) { bothRings(t, testLegacyDriverSetsItsMAC) }
+
+func testLegacyDriverSetsItsMAC(t *testing.T) {
 	d := newDevice(t, Config{})
 	f := connect(t, d)
 	f.negotiate(featProtocolFeatures)

@@ -49,7 +49,9 @@ func (r *guestRing) received(hdr int) (hdrs, frames [][]byte) {
 	}
 }
 
-func TestPullChains(t *testing.T) {
+func TestPullChains(t *testing.T) { bothRings(t, testPullChains) }
+
+func testPullChains(t *testing.T) {
 	noLeak(t)
 	frameOf := testFrame(700, 9)
 	for _, hdr := range []int{10, 12} {
@@ -86,7 +88,9 @@ func TestPullChains(t *testing.T) {
 
 // What a guest may not send comes back unused and is counted; what follows is
 // not affected.
-func TestPullRefuses(t *testing.T) {
+func TestPullRefuses(t *testing.T) { bothRings(t, testPullRefuses) }
+
+func testPullRefuses(t *testing.T) {
 	noLeak(t)
 	partial := tcpFrame(100)
 	off := enginetest.Partial(partial)
@@ -160,7 +164,9 @@ func TestPullRefuses(t *testing.T) {
 }
 
 // Frames of a disabled ring are taken and lost, and rx delivers nothing (T7).
-func TestDisabledRings(t *testing.T) {
+func TestDisabledRings(t *testing.T) { bothRings(t, testDisabledRings) }
+
+func testDisabledRings(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -185,7 +191,9 @@ func TestDisabledRings(t *testing.T) {
 	require.Equal(t, [][]byte{testFrame(60, 1)}, got)
 }
 
-func TestPushForms(t *testing.T) {
+func TestPushForms(t *testing.T) { bothRings(t, testPushForms) }
+
+func testPushForms(t *testing.T) {
 	small := tcpFrame(100)
 	partial := tcpFrame(100)
 	partialOff := enginetest.Partial(partial)
@@ -256,7 +264,9 @@ func TestPushForms(t *testing.T) {
 
 // H063: buffers that cannot be used do not stay at the front of the ring, and
 // a frame that finds too few takes none.
-func TestPushNoRoom(t *testing.T) {
+func TestPushNoRoom(t *testing.T) { bothRings(t, testPushNoRoom) }
+
+func testPushNoRoom(t *testing.T) {
 	up := func(t *testing.T, feats uint64) (*Device, *front) {
 		noLeak(t)
 		d := newDevice(t, Config{})
@@ -319,7 +329,9 @@ func TestPushNoRoom(t *testing.T) {
 }
 
 // H118: frames go to enabled queues only, in order for each.
-func TestSpread(t *testing.T) {
+func TestSpread(t *testing.T) { bothRings(t, testSpread) }
+
+func testSpread(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 3})
 	f := connect(t, d)
@@ -356,7 +368,9 @@ func TestSpread(t *testing.T) {
 }
 
 // A fault in the sender's memory must not cost the receiver its buffers.
-func TestFaultOfOther(t *testing.T) {
+func TestFaultOfOther(t *testing.T) { bothRings(t, testFaultOfOther) }
+
+func testFaultOfOther(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -388,7 +402,9 @@ func missing(t *testing.T) []byte {
 	return b[:472]
 }
 
-func TestDataPathAllocatesNothing(t *testing.T) {
+func TestDataPathAllocatesNothing(t *testing.T) { bothRings(t, testDataPathAllocatesNothing) }
+
+func testDataPathAllocatesNothing(t *testing.T) {
 	ev := eventfd(t)
 	defer closeFD(ev)
 	if testing.AllocsPerRun(1, func() { _, _ = unix.Write(ev, make([]byte, 8)) }) > 0 {
@@ -421,7 +437,8 @@ func TestDataPathAllocatesNothing(t *testing.T) {
 			tx.send(frame.Offload{}, 12, small)
 		}
 		for _, rx := range []*guestRing{f.rings[0], f.rings[2]} {
-			for rx.avail-rx.usedIdx() < 16 {
+			rx.takeAll()
+			for rx.avail-rx.used < 16 {
 				rx.recv(4000)
 			}
 		}

@@ -15,7 +15,9 @@ import (
 // H061: another CPU of the guest rewrites header and payload while a frame is
 // taken and worked on. What was checked stays as it was; the rest may be
 // garbage.
-func TestGuestRewritesFrames_H061(t *testing.T) {
+func TestGuestRewritesFrames_H061(t *testing.T) { bothRings(t, testGuestRewritesFrames_H061) }
+
+func testGuestRewritesFrames_H061(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{MTU: 1500})
 	f := connect(t, d)
@@ -60,6 +62,7 @@ func TestGuestRewritesFrames_H061(t *testing.T) {
 	once := func() {
 		turn.Lock()
 		defer turn.Unlock()
+		tx.takeAll()
 		tx.post(guestBuf{at, len(buf), false})
 		b.Reset(0)
 		if p.Pull(&b) == 0 {

@@ -25,7 +25,7 @@ type ring struct {
 	num     uint32
 	addr    ringAddr
 	hasAddr bool
-	base    uint16
+	base    uint16 // of a packed ring with the wrap counter in bit 15
 	enabled bool
 	started bool
 	kick    int
@@ -114,14 +114,19 @@ func (r *ring) config() (virtq.Config, error) {
 	c := virtq.Config{
 		Size:     uint16(r.num),
 		Base:     r.base,
+		Packed:   d.features&featRingPacked != 0,
 		EventIdx: d.features&featEventIdx != 0,
 		Indirect: d.features&featIndirectDesc != 0,
 	}
 	m := d.mem.Load()
+	avail, used := 4+2*n, 4+8*n
+	if c.Packed {
+		avail, used = 4, 4 // event suppression areas
+	}
 	var ok1, ok2, ok3 bool
 	c.Desc, ok1 = m.UserToGuest(r.addr.Desc, 16*n)
-	c.Avail, ok2 = m.UserToGuest(r.addr.Avail, 4+2*n)
-	c.Used, ok3 = m.UserToGuest(r.addr.Used, 4+8*n)
+	c.Avail, ok2 = m.UserToGuest(r.addr.Avail, avail)
+	c.Used, ok3 = m.UserToGuest(r.addr.Used, used)
 	if !ok1 || !ok2 || !ok3 {
 		return c, fmt.Errorf("%w: ring %d is not in memory: desc %#x, avail %#x, used %#x",
 			ErrRefused, r.index, r.addr.Desc, r.addr.Avail, r.addr.Used)

@@ -40,7 +40,9 @@ func dialled(t *testing.T, path string) *front {
 	return &front{t: t, c: c.(*net.UnixConn)}
 }
 
-func TestServe(t *testing.T) {
+func TestServe(t *testing.T) { bothRings(t, testServe) }
+
+func testServe(t *testing.T) {
 	noLeak(t)
 	old := unix.Umask(0)
 	defer unix.Umask(old)
@@ -67,7 +69,9 @@ func TestServe(t *testing.T) {
 	}
 }
 
-func TestServeClient(t *testing.T) {
+func TestServeClient(t *testing.T) { bothRings(t, testServeClient) }
+
+func testServeClient(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{Client: true})
 	serve(t, d) // before there is anybody
@@ -85,7 +89,9 @@ func TestServeClient(t *testing.T) {
 	}
 }
 
-func TestListen(t *testing.T) {
+func TestListen(t *testing.T) { bothRings(t, testListen) }
+
+func testListen(t *testing.T) {
 	noLeak(t)
 	dir := t.TempDir()
 	path := filepath.Join(dir, "s")
@@ -108,7 +114,9 @@ func TestListen(t *testing.T) {
 	require.ErrorContains(t, newDevice(t, Config{Path: long}).Listen(), "too long")
 }
 
-func TestNewDeviceRefuses(t *testing.T) {
+func TestNewDeviceRefuses(t *testing.T) { bothRings(t, testNewDeviceRefuses) }
+
+func testNewDeviceRefuses(t *testing.T) {
 	for name, c := range map[string]Config{
 		"pairs":         {QueuePairs: 129},
 		"no pairs":      {QueuePairs: -1},
@@ -122,7 +130,9 @@ func TestNewDeviceRefuses(t *testing.T) {
 }
 
 // H116: frontends that come and go in the midst of things.
-func TestConnectStorm(t *testing.T) {
+func TestConnectStorm(t *testing.T) { bothRings(t, testConnectStorm) }
+
+func testConnectStorm(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 2})
 	for i := range 60 {

@@ -27,7 +27,9 @@ func kick(r *guestRing) { signal(r.kick) }
 
 // A memfd that is mapped privately looks like any other. The device says once
 // in a session that it sees nothing of the guest.
-func TestPrivateMemory(t *testing.T) {
+func TestPrivateMemory(t *testing.T) { bothRings(t, testPrivateMemory) }
+
+func testPrivateMemory(t *testing.T) {
 	noLeak(t)
 	defer func(was time.Duration) { memoryWait = was }(memoryWait)
 	memoryWait = 20 * time.Millisecond
@@ -46,7 +48,9 @@ func TestPrivateMemory(t *testing.T) {
 	require.Equal(t, 1, strings.Count(log.String(), "share=on?"))
 }
 
-func TestPrivateMemoryIsNotSuspected(t *testing.T) {
+func TestPrivateMemoryIsNotSuspected(t *testing.T) { bothRings(t, testPrivateMemoryIsNotSuspected) }
+
+func testPrivateMemoryIsNotSuspected(t *testing.T) {
 	noLeak(t)
 	for name, c := range map[string]struct {
 		private bool

@@ -33,15 +33,16 @@ func (f *front) echo(d *Device, hdr int) {
 
 // newDriver makes the guest's driver begin anew, as after a reset.
 func (f *front) newDriver() {
-	for i, r := range f.rings {
-		r.avail, r.used, r.free = 0, 0, 0
-		clear(f.mem[i*ringSpace : (i+1)*ringSpace])
+	for _, r := range f.rings {
+		r.reset()
 	}
 }
 
 // T1, T9, T16: a reset of the guest stops the rings and ends their
 // descriptors, but memory stays and is not sent again.
-func TestTrapResetDevice(t *testing.T) {
+func TestTrapResetDevice(t *testing.T) { bothRings(t, testTrapResetDevice) }
+
+func testTrapResetDevice(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, d)
@@ -80,7 +81,9 @@ func TestTrapResetDevice(t *testing.T) {
 
 // T3: a ring works without a call descriptor, is looked at without a kick, and
 // a call descriptor that comes is signalled once.
-func TestTrapStartAtKick(t *testing.T) {
+func TestTrapStartAtKick(t *testing.T) { bothRings(t, testTrapStartAtKick) }
+
+func testTrapStartAtKick(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -92,7 +95,7 @@ func TestTrapStartAtKick(t *testing.T) {
 	d.Pairs()[0].SetWatcher(w)
 	before := w.get()
 	f.do(SetVringNum, u32s(1, testRing))
-	f.do(SetVringBase, u32s(1, 0))
+	f.do(SetVringBase, u32s(1, f.baseOf(0)))
 	f.do(SetVringAddr, addr(1, 0, ringSpace))
 	f.do(SetVringKick, u64(1), tx.kick)
 	f.do(SetVringEnable, u32s(1, 1))
@@ -143,23 +146,27 @@ func (w *watcher) get() int {
 }
 
 // T4: the frontend's base is believed, whatever we returned.
-func TestTrapBase(t *testing.T) {
+func TestTrapBase(t *testing.T) { bothRings(t, testTrapBase) }
+
+func testTrapBase(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
 	f.bringUp(plainFeats, 2)
 	tx := f.rings[1]
 	tx.send(frame.Offload{}, 12, testFrame(60, 1))
-	require.Equal(t, u32s(1, 0), f.ask(GetVringBase, u32s(1, 0)))
+	require.Equal(t, u32s(1, f.baseOf(0)), f.ask(GetVringBase, u32s(1, 0)))
 	tx.send(frame.Offload{}, 12, testFrame(60, 2))
 	f.start(1, 1)
 	got, _ := pull(d.Pairs()[0])
 	require.Equal(t, [][]byte{testFrame(60, 2)}, got)
-	require.Equal(t, u32s(1, 2), f.ask(GetVringBase, u32s(1, 0)))
+	require.Equal(t, u32s(1, f.baseOf(2)), f.ask(GetVringBase, u32s(1, 0)))
 }
 
 // T8: set_link off and on without memory or features.
-func TestTrapStopAndContinue(t *testing.T) {
+func TestTrapStopAndContinue(t *testing.T) { bothRings(t, testTrapStopAndContinue) }
+
+func testTrapStopAndContinue(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -177,7 +184,9 @@ func TestTrapStopAndContinue(t *testing.T) {
 }
 
 // T6: the source of a migration switches logging on while all runs.
-func TestTrapMigration(t *testing.T) {
+func TestTrapMigration(t *testing.T) { bothRings(t, testTrapMigration) }
+
+func testTrapMigration(t *testing.T) {
 	noLeak(t)
 	d := newDevice(t, Config{})
 	f := connect(t, d)
@@ -195,11 +204,15 @@ func TestTrapMigration(t *testing.T) {
 	require.NoError(t, err)
 	defer func() { _ = unix.Munmap(bits) }()
 	dirty := func(gpa uint64) bool { return bits[4096+gpa/4096/8]&(1<<(gpa/4096%8)) != 0 }
-	require.False(t, dirty(testGPA+ringSpace+usedAt))
+	used := uint64(testGPA + usedAt)
+	if f.packed {
+		used = testGPA // the descriptors
+	}
+	require.False(t, dirty(used+ringSpace))
 	buf := f.next
 	f.echo(d, 12)
-	require.True(t, dirty(testGPA+usedAt), "used ring of rx")
-	require.True(t, dirty(testGPA+ringSpace+usedAt), "used ring of tx")
+	require.True(t, dirty(used), "used ring of rx")
+	require.True(t, dirty(used+ringSpace), "used ring of tx")
 	require.True(t, dirty(testGPA+uint64(buf)+64), "rx buffer")
 	require.False(t, dirty(testGPA+uint64(buf)+64<<10), "untouched page")
 	// A log address of ~0, and a buffer past the log (H037).
@@ -213,18 +226,20 @@ func TestTrapMigration(t *testing.T) {
 	f.do(SetFeatures, u64(plainFeats|featMrgRxbuf))
 	clear(bits)
 	f.echo(d, 12)
-	require.False(t, dirty(testGPA+usedAt))
-	require.Equal(t, u32s(1, 4), f.ask(GetVringBase, u32s(1, 0)))
+	require.False(t, dirty(used))
+	require.Equal(t, u32s(1, f.baseOf(4)), f.ask(GetVringBase, u32s(1, 0)))
 }
 
 // T5, T6, T7, H038, H046: memory, features, addresses and queues change under
 // traffic; nothing is lost but what a disabled ring loses.
-func TestTrapLiveChanges(t *testing.T) {
+func TestTrapLiveChanges(t *testing.T) { bothRings(t, testTrapLiveChanges) }
+
+func testTrapLiveChanges(t *testing.T) {
 	noLeak(t)
 	e, err := engine.New(engine.Config{Workers: 2, Log: quiet})
 	require.NoError(t, err)
 	defer e.Close()
-	d, err := NewDevice(Config{Name: "live", Path: "unused", QueuePairs: 2, Barrier: e.Barrier, Log: quiet})
+	d, err := NewDevice(Config{Name: "live", Path: "unused", QueuePairs: 2, Barrier: e.Barrier, Log: quiet, Packed: packedRings})
 	require.NoError(t, err)
 	defer d.Close()
 	sink := &enginetest.MemPort{}
@@ -253,7 +268,8 @@ func TestTrapLiveChanges(t *testing.T) {
 			defer sent.Done()
 			copy(f.mem[buf+12:], testFrame(300, byte(tx.index)))
 			for n := 0; n < total; {
-				for tx.avail-tx.usedIdx() < testRing/2 && n < total {
+				tx.takeAll()
+				for tx.avail-tx.used < testRing/2 && n < total {
 					tx.post(guestBuf{buf, 312, false})
 					n++
 				}
@@ -298,7 +314,9 @@ func (s stage) Process(b *frame.Batch) { s(b) }
 
 // A session moves from one device to another under traffic: every frame
 // arrives once, in order, and the frontend notices nothing.
-func TestMoveSession(t *testing.T) {
+func TestMoveSession(t *testing.T) { bothRings(t, testMoveSession) }
+
+func testMoveSession(t *testing.T) {
 	noLeak(t)
 	a, b := newDevice(t, Config{QueuePairs: 2}), newDevice(t, Config{QueuePairs: 2})
 	f := connect(t, a)
@@ -343,7 +361,9 @@ func TestMoveSession(t *testing.T) {
 }
 
 // Values that cannot be taken up leave the device as it was.
-func TestImportRefuses(t *testing.T) {
+func TestImportRefuses(t *testing.T) { bothRings(t, testImportRefuses) }
+
+func testImportRefuses(t *testing.T) {
 	noLeak(t)
 	a, b := newDevice(t, Config{QueuePairs: 2}), newDevice(t, Config{QueuePairs: 1})
 	f := connect(t, a)
@@ -358,7 +378,7 @@ func TestImportRefuses(t *testing.T) {
 	require.ErrorIs(t, b.Import(v, fds), ErrRefused) // too many rings
 	for name, spoil := range map[string]func(*Session){
 		"version":      func(s *Session) { s.Version = 0 },
-		"features":     func(s *Session) { s.Features |= 1 << 34 },
+		"features":     func(s *Session) { s.Features |= 1 << 40 },
 		"protocol":     func(s *Session) { s.Protocol |= 1 << 40 },
 		"connection":   func(s *Session) { s.Conn = -1 },
 		"index":        func(s *Session) { s.Conn = len(fds) },
@@ -383,7 +403,9 @@ func TestImportRefuses(t *testing.T) {
 
 // A frontend that shares no memory though its driver has started is told of
 // loudly, once.
-func TestNoSharedMemory(t *testing.T) {
+func TestNoSharedMemory(t *testing.T) { bothRings(t, testNoSharedMemory) }
+
+func testNoSharedMemory(t *testing.T) {
 	defer func(was time.Duration) { memoryWait = was }(memoryWait)
 	memoryWait = 20 * time.Millisecond
 	var log logText

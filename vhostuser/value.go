@@ -65,7 +65,7 @@ type SessionRing struct {
 	Avail   uint64 `json:"avail"`
 	Used    uint64 `json:"used"`
 	UsedLog uint64 `json:"usedLog"`
-	Base    uint16 `json:"base"` // next available entry
+	Base    uint16 `json:"base"` // next available entry, of a packed ring with its wrap counter in bit 15
 	Enabled bool   `json:"enabled"`
 	Started bool   `json:"started"`
 	Kick    int    `json:"kick"`

@@ -49,6 +49,7 @@ type packed struct {
 	staged int    // descriptors of staged elements
 	fresh  int    // descriptors published since the last NeedsNotify
 	out    int    // descriptors of chains in flight
+	dry    bool   // the last PopRun came to an end of what is available
 
 	event uint32 // our word, once told is set
 	told  bool

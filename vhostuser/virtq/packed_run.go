@@ -5,8 +5,10 @@ func (q *Queue) popRunPacked(dir Direction, out []Buf) (n int) {
 	p := q.packed
 	out = out[:min(len(out), len(p.ring)-p.out)]
 	region, at, count := q.last, p.next, q.next
+	p.dry = false
 	for n = range out {
 		d, ok := p.read(at)
+		p.dry = !ok
 		if !ok || d.flags&flagAll != uint16(dir) || d.len-1 >= MaxBytes || d.next >= q.cfg.Size {
 			break
 		}

@@ -61,9 +61,17 @@ func (q *Queue) PopRun(dir Direction, out []Buf) (n int) {
 	return n
 }
 
-// Drained says whether it is known without another look that everything that
-// was there was popped.
-func (q *Queue) Drained() bool { return q.next == q.seen && q.err == nil && q.packed == nil }
+// Drained says whether it is known without another look, since PopRun has just
+// had one, that everything that was there was popped.
+func (q *Queue) Drained() bool {
+	if q.err != nil || q.cfg.Log != nil {
+		return false // PopRun did not look
+	}
+	if q.packed != nil {
+		return q.packed.dry
+	}
+	return q.next == q.seen
+}
 
 // Holds says whether at least n descriptors wait, n from 1 to the ring's size.
 // It looks at one place only.
