@@ -310,63 +310,88 @@ func (m *member) Process(b *frame.Batch) {
 	if v.member(m.id) != m {
 		return // removed: nobody claims its frames
 	}
-	w := batchWork{view: v, table: m.sw.fdb.table.Load(), counts: m.counts[b.Worker], sec: second(b.Now)}
-	lastSrc, lastDst := noKey, noKey
-	var out *member
+	w := batchWork{
+		b: b, view: v, table: m.sw.fdb.table.Load(), counts: m.counts[b.Worker], sec: second(b.Now),
+		src: noKey, dst: noKey,
+	}
+	var src, dst uint64
+	var out frame.PortID // Drop: there is no such verdict
 	for i := range b.Len() {
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
 			continue
 		}
-		if f.HeadLen < frame.EthernetLen {
-			m.drop(f, &w, frame.ShortFrame)
+		// Frames come in bursts of a flow: most have the addresses and the
+		// type of the one before, and need no more than its verdict. The loop
+		// calls nothing for these, so that its variables stay in registers.
+		to, from := binary.BigEndian.Uint64(f.Head[:8]), binary.BigEndian.Uint64(f.Head[6:14])
+		if from == src && to == dst && out != frame.Drop && f.HeadLen >= frame.EthernetLen {
+			f.Out = out
 			continue
 		}
-		from := binary.BigEndian.Uint64(f.Head[6:14]) // and the type
-		vlan := m.native
-		if !m.untagged || isTag(uint16(from)) {
-			var r frame.DropReason
-			if vlan, r = m.classify(f); r != frame.ReasonNone {
-				m.drop(f, &w, r)
-				continue
-			}
-		}
-		if src := fdbKey(from, vlan); src != lastSrc {
-			if r := m.source(src, &w); r != frame.ReasonNone {
-				m.drop(f, &w, r)
-				continue
-			}
-			lastSrc = src
-		}
-		if m.slow {
-			if r := m.inspect(f, b); r != frame.ReasonNone {
-				m.drop(f, &w, r)
-				continue
-			}
-		}
-		dst := fdbKey(binary.BigEndian.Uint64(f.Head[:8]), vlan)
-		if dst != lastDst {
-			out, lastDst = m.sw.find(dst, &w), dst
-		}
-		switch {
-		case out == nil:
-			m.flood(f, b, dst, &w)
-		case out == m:
-			m.drop(f, &w, frame.SamePort)
-		case v.vlans || out.steer != nil:
-			m.forward(f, b, out, vlan, &w)
-		default:
-			f.Out = out.id
-		}
+		src, dst, out = from, to, m.decide(f, to, from, &w)
 	}
 }
 
 // batchWork is what a stage needs for all frames of a batch.
 type batchWork struct {
+	b      *frame.Batch
 	view   *switchView
 	table  *fdbTable
 	counts *memberCounts
 	sec    uint32
+
+	src uint64  // the key that was judged last
+	dst uint64  // the key that was looked up last
+	out *member // what was found; nil for none
+}
+
+// decide is Process for one frame, of which to and from are the addresses with
+// what follows them. It returns where all frames with the same addresses and
+// the same type may go in this batch, or Drop if that is to be decided anew.
+func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) frame.PortID {
+	if f.HeadLen < frame.EthernetLen {
+		m.drop(f, w, frame.ShortFrame)
+		return frame.Drop
+	}
+	vlan, tagged := m.native, isTag(uint16(from))
+	if !m.untagged || tagged {
+		var r frame.DropReason
+		if vlan, r = m.classify(f); r != frame.ReasonNone {
+			m.drop(f, w, r)
+			return frame.Drop
+		}
+	}
+	if src := fdbKey(from, vlan); src != w.src {
+		if r := m.source(src, w); r != frame.ReasonNone {
+			m.drop(f, w, r)
+			return frame.Drop
+		}
+		w.src = src
+	}
+	if m.slow {
+		if r := m.inspect(f, w.b); r != frame.ReasonNone {
+			m.drop(f, w, r)
+			return frame.Drop
+		}
+	}
+	if dst := fdbKey(to, vlan); dst != w.dst {
+		w.out, w.dst = m.sw.find(dst, w), dst
+	}
+	switch out := w.out; {
+	case out == nil:
+		m.flood(f, w.dst, w)
+	case out == m:
+		m.drop(f, w, frame.SamePort)
+	case w.view.vlans || out.steer != nil:
+		m.forward(f, w.b, out, vlan, w)
+	default:
+		f.Out = out.id
+		if !tagged && !m.slow {
+			return out.id
+		}
+	}
+	return frame.Drop
 }
 
 // find returns the member that the station of a key is behind, or nil.
@@ -442,7 +467,7 @@ func (m *member) learn(src uint64, w *batchWork) {
 }
 
 // flood sends a frame to all members of its VLAN but m, if it may.
-func (m *member) flood(f *frame.Frame, b *frame.Batch, dst uint64, w *batchWork) {
+func (m *member) flood(f *frame.Frame, dst uint64, w *batchWork) {
 	dst, vlan := dst&^0xffff, uint16(dst)
 	switch {
 	case dst&linkLocalMask == linkLocal && (!m.sw.conf.LinkLocal || dst == pauseAddr):
@@ -451,20 +476,28 @@ func (m *member) flood(f *frame.Frame, b *frame.Batch, dst uint64, w *batchWork)
 	case !w.view.shared.has(vlan):
 		m.drop(f, w, frame.NoRoute)
 		return
-	case !m.bucket.take(m.sw.storm, b.Now):
+	case !m.bucket.take(m.sw.storm, w.b.Now):
 		m.drop(f, w, frame.Storm)
+		return
+	}
+	add(&w.counts.flooded, 1)
+	if ms := w.view.members; len(ms) == 2 {
+		out := ms[0]
+		if out == m {
+			out = ms[1]
+		}
+		m.forward(f, w.b, out, vlan, w)
 		return
 	}
 	// What needs the batch is done here: the flood port has none.
 	if w.view.steers {
 		widen(f, steerHead)
 	}
-	if w.view.vlans && !makeRoom(f, b) {
+	if w.view.vlans && !makeRoom(f, w.b) {
 		m.drop(f, w, frame.BatchFull)
 		return
 	}
 	f.Out = w.view.flood
-	add(&w.counts.flooded, 1)
 }
 
 func (m *member) drop(f *frame.Frame, w *batchWork, r frame.DropReason) {

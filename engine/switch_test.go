@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"testing"
 	"time"
 
@@ -147,6 +148,8 @@ func TestSwitchDrops(t *testing.T) {
 		{"group source", eth(mac(1), frame.MAC{1, 0, 0x5e, 0, 0, 1}, 0), frame.BadSource},
 		{"broadcast source", eth(mac(1), frame.Broadcast, 0), frame.BadSource},
 		{"zero source", eth(mac(1), frame.MAC{}, 0), frame.BadSource},
+		{"all ones", bytes.Repeat([]byte{255}, 60), frame.BadSource},
+		{"all zeros", make([]byte, 60), frame.BadSource},
 		{"zero destination", eth(frame.MAC{}, mac(1), 0), frame.ReasonNone},
 		{"LLDP", eth(frame.MAC{1, 0x80, 0xc2, 0, 0, 0x0e}, mac(1), 0), frame.LinkLocal},
 		{"behind the link-local block", eth(frame.MAC{1, 0x80, 0xc2, 0, 0, 0x10}, mac(1), 0), frame.ReasonNone},
@@ -154,11 +157,13 @@ func TestSwitchDrops(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBed(t, SwitchConfig{})
 			b.plainPorts(2)
-			b.send(0, c.frame)
-			assert.Equal(t, c.want, b.reason(0))
-			want := 0
+			b.send(0, c.frame, c.frame, eth(frame.Broadcast, mac(9), 0), c.frame)
+			for _, i := range []int{0, 1, 3} {
+				assert.Equal(t, c.want, b.reason(i))
+			}
+			want := 1
 			if c.want == frame.ReasonNone {
-				want = 1
+				want = 4
 			}
 			assert.Equal(t, []int{0, want}, b.receivers())
 		})
