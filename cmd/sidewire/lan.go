@@ -59,7 +59,7 @@ func (l *lan) guests() string {
 // down with the server; stopEngine must have run before the ports' memory and
 // sockets go.
 func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
-	l.sw = s.engine.NewSwitch(engine.SwitchConfig{Name: l.name})
+	l.sw = s.engine.NewSwitch(l.config())
 	if len(l.links) > 0 {
 		if err := uplink.InNetNS(l.netns, func() error { return l.openLinks(s, stopEngine) }); err != nil {
 			return hostError(err)
@@ -82,6 +82,20 @@ func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func()
 		}
 	}
 	return nil
+}
+
+// config is what the definitions say of the switch itself: whoever asks for
+// link-local frames gets them for all, and the smallest storm limit holds.
+func (l *lan) config() engine.SwitchConfig {
+	c := engine.SwitchConfig{Name: l.name}
+	for _, n := range l.nics {
+		sw := n.nad().Switch
+		c.LinkLocal = c.LinkLocal || sw.LinkLocal
+		if sw.Storm != 0 && (c.Storm <= 0 || sw.Storm > 0 && sw.Storm < c.Storm) {
+			c.Storm = sw.Storm
+		}
+	}
+	return c
 }
 
 // openLinks joins the host's links.
@@ -275,8 +289,8 @@ const (
 
 // snapshot is how much of a frame the stages of the port read.
 func (n *lanNIC) snapshot() int {
-	if n.iface.Network.Lease != nil {
-		return 0 // a server of DHCP reads whole messages
+	if n.iface.Network.Lease != nil || n.nad().Switch.CheckARP {
+		return 0 // DHCP, ARP and ND lie behind the headers
 	}
 	for _, o := range n.lan.nics {
 		if o.iface.QueuePairs > 1 {
@@ -338,7 +352,7 @@ func leaseRoutes(l *vmi.Lease) (out []dhcp.Route) {
 // wire gives stages and workers to the guest's port.
 func (n *lanNIC) wire(s *server) error {
 	sw := n.nad().Switch
-	c := engine.SwitchPort{Port: n.port, MAC: n.mac(), SpoofCheck: sw.SpoofCheck, Queues: n.iface.QueuePairs}
+	c := engine.SwitchPort{Port: n.port, MAC: n.mac(), SpoofCheck: sw.SpoofCheck, CheckARP: sw.CheckARP, Queues: n.iface.QueuePairs}
 	c.Access, c.Trunk = n.lan.portVLANs(sw)
 	stage, err := n.lan.sw.AddPort(c)
 	if err != nil {

@@ -271,22 +271,49 @@ func TestLeaseOfADefinition(t *testing.T) {
 	}
 	assert.False(t, p.nicOf("vm3/net").Guest.IsValid())
 
-	// Neighbours on the wire: who hears what a guest asks a DHCP server?
+	// Who hears what a guest asks a DHCP server?
 	heard := func(from, to string) bool {
 		f, g := connectRaw(t, p, from), connectRaw(t, p, to)
-		ask, probe := discover(f.Options.MAC), enginetest.ARPFrame(enginetest.Eth{Src: f.Options.MAC, Dst: broadcast}, 1, f.Options.MAC, addrOf("10.9.0.1"), zeroMAC, addrOf("10.9.0.2"))
-		require.NoError(t, f.SendAll(0, ask, probe))
-		for {
-			got, err := g.Recv(0, soon)
-			require.NoError(t, err)
-			switch string(got.Bytes) {
-			case string(ask):
-				return true
-			case string(probe):
-				return false
-			}
-		}
+		return hears(t, f, g, discover(f.Options.MAC))
 	}
 	assert.True(t, heard("vm3/net", "vm4/net"), "without ipam a DHCP server may be anywhere")
 	assert.False(t, heard("vm2/net", "vm5/net"), "what we answer goes no further")
+}
+
+// hears says whether one guest gets a frame of another's; a plain one is sent
+// behind it to tell that it does not come.
+func hears(t *testing.T, from, to *vhosttest.Guest, b []byte) bool {
+	t.Helper()
+	mac := from.Options.MAC
+	probe := enginetest.ARPFrame(enginetest.Eth{Src: mac, Dst: broadcast}, 1, mac, addrOf("10.9.0.1"), zeroMAC, addrOf("10.9.0.2"))
+	require.NoError(t, from.SendAll(0, b, probe))
+	heard := false
+	for {
+		got, err := to.Recv(0, soon)
+		require.NoError(t, err)
+		switch string(got.Bytes) {
+		case string(b):
+			heard = true
+		case string(probe):
+			return heard
+		}
+	}
+}
+
+// Annotations let LLDP pass and have the senders in ARP checked; without them
+// neither is done.
+func TestAnnotationsOfADefinition(t *testing.T) {
+	for _, asked := range []bool{false, true} {
+		annotations := map[bool]string{false: "", true: `, annotations: {sidewire/link-local: "true", sidewire/check-arp: "true"}`}[asked]
+		nad := strings.Replace(definition("blue", `{"type": "bridge", "macspoofchk": true}`), "{name: blue}", "{name: blue"+annotations+"}", 1)
+		p := startLAN(t, onLAN("vm1", "blue", 1)+onLAN("vm2", "blue", 1)+nad)
+		a, b := connectRaw(t, p, "vm1/net"), connectRaw(t, p, "vm2/net")
+		mac := a.Options.MAC
+		lldp := enginetest.Eth{Src: mac, Dst: frame.MAC{1, 0x80, 0xc2, 0, 0, 0x0e}}.Frame(0x88cc, make([]byte, 46))
+		pause := enginetest.Eth{Src: mac, Dst: frame.MAC{1, 0x80, 0xc2, 0, 0, 1}}.Frame(0x8808, make([]byte, 46))
+		foreign := enginetest.ARPFrame(enginetest.Eth{Src: mac, Dst: broadcast}, 2, frame.MAC{2, 1, 1, 1, 1, 1}, addrOf("10.9.0.9"), zeroMAC, addrOf("10.9.0.2"))
+		assert.Equal(t, asked, hears(t, a, b, lldp), "LLDP")
+		assert.False(t, hears(t, a, b, pause), "PAUSE")
+		assert.Equal(t, !asked, hears(t, a, b, foreign), "ARP in the name of another")
+	}
 }

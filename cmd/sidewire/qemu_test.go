@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"sidewire/engine/enginetest"
+	"sidewire/vhostuser/vhosttest"
 )
 
 // qemuArgs is what `sidewire qemu-args` prints for a running sidewire.
@@ -93,6 +94,34 @@ func TestIPXE(t *testing.T) {
 	require.NoError(t, err)
 	t.Cleanup(g.Stop)
 	if err := g.WaitConsole(said+" 10.0.2.2", 60*time.Second); err != nil {
+		t.Fatalf("%v\n%s\n%s", err, g.Console(), p.dump())
+	}
+}
+
+// On a switch iPXE, which has no offloads, fetches its script from another guest
+// whose kernel leaves segments and checksums to others; both are leased their
+// addresses.
+func TestIPXEOnASwitch(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun", "ip", "qemu", "ipxe", "dhclient")
+	const said = "sidewire-ipxe-was-here"
+	vm := strings.Replace(onLAN("vm2", "blue", 1), "bridge: {}}", `bridge: {}, bootOrder: 1, dhcpOptions: {bootFileName: "http://10.9.0.2:8080/boot.ipxe"}}`, 1)
+	nad := definition("blue", `{"type": "bridge", "macspoofchk": true, `+hostLocal+`}`)
+	p := startLAN(t, onLAN("vm1", "blue", 1)+vm+nad)
+	b := plugVM(t, p, "vm1", vhosttest.Options{}).withLease("10.9.0.2/24")
+	l, err := b.ns.Listen("tcp4", "10.9.0.2:8080")
+	require.NoError(t, err)
+	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintf(rw, "#!ipxe\n%secho %s ${net0/ip}\nshell\n", strings.Repeat("# a long way\n", 5000), said)
+	})}
+	go func() { _ = srv.Serve(l) }()
+	t.Cleanup(func() { srv.Close() })
+	o := sidewire(t, "qemu-args", "-f", writeFile(t, "vm2.yaml", vm+nad), "--socket-dir", p.dir)
+	require.Zero(t, o.code, o.err)
+	assert.Contains(t, o.out, "mac="+p.nicOf("vm2/net").MAC)
+	g, err := enginetest.StartIPXE(enginetest.GuestOptions{Args: strings.Split(strings.TrimSpace(o.out), "\n"), Memory: -1, CPUs: -1, Machine: "q35"})
+	require.NoError(t, err)
+	t.Cleanup(g.Stop)
+	if err := g.WaitConsole(said+" 10.9.0.3", 60*time.Second); err != nil {
 		t.Fatalf("%v\n%s\n%s", err, g.Console(), p.dump())
 	}
 }

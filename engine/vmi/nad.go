@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -36,6 +37,11 @@ type Switch struct {
 	SpoofCheck bool     // frames must come from the guest's own MAC
 	MTU        int      // in bytes, 0 if not said
 	IPAM       *IPAM    // nil if addresses are somebody else's business
+
+	// What a definition has no words for and annotations ask.
+	CheckARP  bool // ARP and ND must name the guest's own MAC too
+	LinkLocal bool // LLDP, STP and their like pass
+	Storm     int  // frames a second to everybody from each port, 0 for the default, -1 for no limit
 }
 
 // Key is the definition's namespace and name, as a networkName may spell it.
@@ -54,11 +60,15 @@ func namespaceOr(ns string) string {
 // definition reads a NetworkAttachmentDefinition.
 func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	nad := NAD{File: d.file, Line: root.Line, Annotations: map[string]string{}}
+	var ours []annotation
 	d.object(root, "", false, fields{
 		"metadata": func(n *yaml.Node, p string) {
 			d.metadata(n, p, &nad.Name, &nad.Namespace, func(key string, n *yaml.Node, p string) {
 				if len(nad.Annotations) < maxList {
 					nad.Annotations[key] = d.text(n, p)
+				}
+				if strings.HasPrefix(key, annotationPrefix) && len(ours) < maxList {
+					ours = append(ours, annotation{n, p, strings.TrimPrefix(key, annotationPrefix), nad.Annotations[key]})
 				}
 			})
 		},
@@ -69,7 +79,51 @@ func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	if nad.Name == "" {
 		d.fault(root, "metadata.name", "a NetworkAttachmentDefinition needs a name, networks refer to it")
 	}
+	for _, a := range ours {
+		d.annotated(a, nad.Switch)
+	}
 	docs.NADs = append(docs.NADs, nad)
+}
+
+// annotation is one that is meant for us.
+type annotation struct {
+	n           *yaml.Node
+	path        string
+	name, value string
+}
+
+const annotationPrefix = "sidewire/"
+
+// annotated reads what an annotation asks of a switch, nil for one that is not ours.
+func (d *decoder) annotated(a annotation, s *Switch) {
+	if s == nil {
+		s = new(Switch) // it is checked all the same
+	}
+	yes := func(dst *bool) {
+		if *dst = a.value == "true"; !*dst && a.value != "false" {
+			d.fault(a.n, a.path, "%q: want \"true\" or \"false\"", a.value)
+		}
+	}
+	switch a.name {
+	case "link-local":
+		yes(&s.LinkLocal)
+	case "check-arp":
+		if yes(&s.CheckARP); s.CheckARP && !s.SpoofCheck {
+			d.fault(a.n, a.path, "ARP is checked where the MAC is; add \"macspoofchk\": true to spec.config")
+		}
+	case "storm":
+		n, err := strconv.Atoi(a.value)
+		switch {
+		case a.value == "off":
+			s.Storm = -1
+		case err != nil || n < 1 || n > 100_000_000:
+			d.fault(a.n, a.path, "%q: want frames a second, or \"off\"", a.value)
+		default:
+			s.Storm = n
+		}
+	default:
+		d.warn(a.n, a.path, "unknown annotation, known are %[1]slink-local, %[1]scheck-arp, %[1]sstorm", annotationPrefix)
+	}
 }
 
 // cniConfig reads spec.config: one plugin's configuration, or a list of plugins of which the first makes the interface.

@@ -337,3 +337,32 @@ func TestGuideVLAN100(t *testing.T) {
 	assert.Contains(t, f[0].Message, "a comma missing at line 13, column 7")
 	assert.Equal(t, 13, f[0].Line)
 }
+
+// What only annotations can ask for.
+func TestAnnotations(t *testing.T) {
+	for _, c := range []struct {
+		config, annotations string
+		want                Switch
+		faults              []string
+	}{
+		{`{"type": "bridge", "macspoofchk": true}`, `sidewire/link-local: "true", sidewire/check-arp: "true", sidewire/storm: "500", other: x`,
+			Switch{Bridge: "cni0", Native: true, SpoofCheck: true, LinkLocal: true, CheckARP: true, Storm: 500}, nil},
+		{`{"type": "ovs", "bridge": "b"}`, `sidewire/link-local: "false", sidewire/storm: "off"`, Switch{Bridge: "b", OVS: true, Native: true, Storm: -1}, nil},
+		{`{"type": "bridge"}`, `sidewire/link-local: "yes", sidewire/check-arp: "true", sidewire/storm: "-1", sidewire/lldp: "true"`, Switch{Bridge: "cni0", Native: true, CheckARP: true}, []string{
+			`metadata.annotations.sidewire/link-local: "yes": want "true" or "false"`,
+			`metadata.annotations.sidewire/check-arp: ARP is checked where the MAC is; add "macspoofchk": true to spec.config`,
+			`metadata.annotations.sidewire/storm: "-1": want frames a second, or "off"`,
+			`warning metadata.annotations.sidewire/lldp: unknown annotation, known are sidewire/link-local, sidewire/check-arp, sidewire/storm`}},
+		{`{"type": "bridge"}`, `sidewire/storm: 500`, Switch{Bridge: "cni0", Native: true}, []string{
+			`metadata.annotations.sidewire/storm: must be a text, found the number 500; put it in quotes`,
+			`metadata.annotations.sidewire/storm: "": want frames a second, or "off"`}},
+	} {
+		docs, err := Parse("n.yaml", []byte(strings.Replace(nad("n", c.config), "{name: n}", "{name: n, annotations: {"+c.annotations+"}}", 1)))
+		require.NoError(t, err)
+		assert.Equal(t, c.want, *docs.NADs[0].Switch)
+		if c.faults == nil {
+			c.faults = []string{}
+		}
+		assert.Equal(t, c.faults, lines(Validate(docs, Options{})))
+	}
+}
