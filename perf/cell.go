@@ -130,7 +130,7 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 		return f, err
 	}
 	defer be.close()
-	fe, err := startFrontend(ctx, c, be.sockets())
+	fe, err := startFrontends(ctx, c, be.sockets(), dir)
 	if err != nil {
 		return f, err
 	}
@@ -139,10 +139,15 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 		return f, err
 	}
 	time.Sleep(settle) // the frontend does not wait until its last messages were read
-	if err := begin(fe, c); err != nil {
+	if err := fe.begin(c); err != nil {
 		return f, err
 	}
 	time.Sleep(settle)
+	return observe(ctx, be, fe, c, d)
+}
+
+// observe counts for a while what flows.
+func observe(ctx context.Context, be backend, fe frontends, c cell, d time.Duration) (f figures, err error) {
 	if err := be.mark(); err != nil {
 		return f, err
 	}
@@ -152,13 +157,10 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 	if err != nil {
 		return f, err
 	}
-	f.frames = c.frames(r)
-	if f.frames == 0 {
+	if f.frames = c.frames(r); f.frames == 0 {
 		return f, errors.New("no frame arrives")
 	}
-	if f.cost, err = be.costs(); err != nil {
-		return f, err
-	}
 	f.syscalls /= f.frames
-	return f, nil
+	f.cost, err = be.costs()
+	return f, err
 }

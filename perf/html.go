@@ -107,7 +107,7 @@ func (t *table) legend(b *strings.Builder) (y int) {
 
 func bar(b *strings.Builder, f *figure, y int, scale float64, colour string) {
 	if f.Spread == nil {
-		fmt.Fprintf(b, `<text class="dim" x="%d" y="%d">not measured</text>`, labelArea+2, y+barHigh-2)
+		fmt.Fprintf(b, `<text class="dim" x="%d" y="%d">%s</text>`, labelArea+2, y+barHigh-2, f.text())
 		return
 	}
 	at := func(x float64) float64 { return labelArea + x*scale }

@@ -33,16 +33,18 @@ type innerStats struct {
 type inner struct {
 	e       *engine.Engine
 	devices []*vhostuser.Device
+	sw      *engine.Switch // nil but for the kind that has one
 }
 
 // runInner is the program "perf inner", which the harness starts as a process
 // of its own. It answers each line on its standard input with a line of JSON.
 func runInner(args []string) error {
 	fs := flag.NewFlagSet("inner", flag.ContinueOnError)
-	kind := fs.String("kind", "forward", "forward, sink, source")
+	kind := fs.String("kind", "forward", "forward, switch, sink or source")
 	sockets := fs.String("sockets", "", "list of sockets, one for each device")
 	queues := fs.Int("queues", 1, "queue pairs of a device")
 	size := fs.Int("size", 64, "length of the frames of a source")
+	macs := fs.Int("macs", 0, "addresses that a switch learns from a port")
 	cpu := fs.Int("cpu", -1, "processor of the worker")
 	poll := fs.String("poll", "always", "always, adaptive or never")
 	packed := fs.Bool("packed", false, "offer packed rings")
@@ -65,6 +67,9 @@ func runInner(args []string) error {
 		if err := in.addDevice(ctx, fmt.Sprint("vm", i), path, *queues, *packed, c.Log); err != nil {
 			return err
 		}
+	}
+	if *kind == "switch" {
+		in.sw = e.NewSwitch(engine.SwitchConfig{Name: "perf", MACs: *macs})
 	}
 	if err := in.wire(*kind, *size); err != nil {
 		return err
@@ -109,6 +114,12 @@ func (in *inner) wire(kind string, size int) error {
 		switch kind {
 		case "forward":
 			in.e.SetStages(ids[i], forward(ids[i^1]))
+		case "switch":
+			stage, err := in.sw.AddPort(engine.SwitchPort{Port: ids[i], Queues: len(d.Pairs())})
+			if err != nil {
+				return err
+			}
+			in.e.SetStages(ids[i], stage)
 		case "sink":
 			in.e.SetStages(ids[i], forward(frame.Consumed))
 		case "source":

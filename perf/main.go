@@ -66,6 +66,17 @@ func main() {
 // their own.
 var inside = map[string]func(args []string) error{
 	"inner": runInner,
+	"echo":  runEcho,
+	"ask":   runAsk,
+}
+
+// self is the path of this program.
+func self() string {
+	p, err := os.Executable()
+	if err != nil {
+		return os.Args[0]
+	}
+	return p
 }
 
 func first(args []string) string {
@@ -81,12 +92,8 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
-	p := &programs{against: o.against, flags: o.flags}
-	if p.self, err = os.Executable(); err != nil {
-		return err
-	}
-	d := time.Duration(o.seconds * float64(time.Second))
-	trials := pick(p.packetTrials(packetCells(o.quick && o.only == ""), d), only)
+	p := &programs{self: self(), against: o.against, flags: o.flags}
+	trials := pick(p.trials(o), only)
 	if len(trials) == 0 {
 		return errors.New("nothing to measure: no title matches -only")
 	}
@@ -118,6 +125,17 @@ func measureAll(ctx context.Context, o options, trials []*trial) error {
 	}
 	bar.line("written: %s", filepath.Join(o.out, "report.{md,json,html}"))
 	return ctx.Err()
+}
+
+// trials are all rows of the report.
+func (p *programs) trials(o options) []*trial {
+	quick := o.quick && o.only == ""
+	d := time.Duration(o.seconds * float64(time.Second))
+	out := p.packetTrials(packetCells(quick), d)
+	if !quick {
+		out = append(out, p.growthTrials(d)...)
+	}
+	return append(out, p.streamTrials(quick, max(1, int(o.seconds)))...)
 }
 
 func (o *options) defaults() {

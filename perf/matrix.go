@@ -34,12 +34,5 @@ func packetCells(quick bool) (out []cell) {
 		add(cell{Path: roundTrip, Packed: packed})
 		add(cell{Path: roundTrip, Packed: packed, Kicks: true})
 	}
-	for _, ports := range []int{8, 64} {
-		add(cell{Path: guestToGuest, Ports: ports})
-		add(cell{Path: guestToGuest, Ports: ports, Single: true})
-	}
-	for _, fdb := range []int{1000, 64000} {
-		add(cell{Path: guestToGuest, FDB: fdb})
-	}
 	return out
 }

@@ -36,7 +36,7 @@ type engineAlone struct {
 func openInner(ctx context.Context, program string, c cell, dir, kind string) (backend, error) {
 	b := &engineAlone{socks: socketNames(dir, c.devices())}
 	argv := []string{program, "inner", "-kind", kind, "-sockets", strings.Join(b.socks, ","), "-queues", strconv.Itoa(c.Queues),
-		"-size", strconv.Itoa(c.Size), "-cpu", strconv.Itoa(backendCPU), "-poll", c.poll(), fmt.Sprintf("-packed=%v", c.Packed)}
+		"-size", strconv.Itoa(c.Size), "-cpu", strconv.Itoa(backendCPU), "-poll", c.poll(), "-macs", strconv.Itoa(c.FDB), fmt.Sprintf("-packed=%v", c.Packed)}
 	var err error
 	if b.proc, err = startProc(ctx, procOptions{undisturbed: true}, "perf inner", argv...); err != nil {
 		return nil, err

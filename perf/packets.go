@@ -76,11 +76,12 @@ func openOurs(ctx context.Context, p *programs, program string, c cell, dir stri
 	case guestRx:
 		return openInner(ctx, p.self, c, dir, "source")
 	}
+	if c.FDB > 0 {
+		// More than the program lets a guest have.
+		return openInner(ctx, p.self, c, dir, "switch")
+	}
 	return openProgram(ctx, program, p.flags, c, dir)
 }
-
-// maxPorts is RTE_MAX_ETHPORTS of the distributions' DPDK.
-const maxPorts = 32
 
 // missing says why a subject cannot be measured in a cell here.
 func (p *programs) missing(name string, c cell) error {

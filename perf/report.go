@@ -54,7 +54,9 @@ func newResult(m machine, rounds int, all []*samples) result {
 func (s *samples) figure(name string, m metric) figure {
 	f := figure{Subject: name, Metric: m, Samples: s.column(name, m.Name)}
 	if len(f.Samples) == 0 {
-		f.NotMeasured = oneLine(s.reason(name))
+		if err := s.reason(name); err != nil {
+			f.NotMeasured = oneLine(err)
+		}
 		return f
 	}
 	sp := spreadOf(f.Samples)
@@ -158,8 +160,10 @@ func (f *figure) text() string {
 	switch {
 	case f == nil:
 		return ""
-	case f.Spread == nil:
+	case f.NotMeasured != "":
 		return "not measured"
+	case f.Spread == nil:
+		return "–" // nothing tells it
 	}
 	s := f.Spread.String()
 	if f.Ratio != nil {
@@ -218,11 +222,13 @@ func (r result) reasons(w io.Writer) {
 			if f.NotMeasured == "" {
 				continue
 			}
-			why := fmt.Sprintf("%s, %s: %s", f.Subject, f.Metric.Name, f.NotMeasured)
+			why := f.Subject + ": " + f.NotMeasured
 			if where[why] == nil {
 				order = append(order, why)
 			}
-			where[why] = append(where[why], x.Title)
+			if !slices.Contains(where[why], x.Title) {
+				where[why] = append(where[why], x.Title)
+			}
 		}
 	}
 	if len(order) == 0 {

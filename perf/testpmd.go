@@ -50,7 +50,7 @@ func startTestpmd(ctx context.Context, cpu int, name string, c cell, vdevs, more
 	argv = append(argv, "--", "-i", "--disable-link-check", "--nb-cores=1", "--no-lsc-interrupt", "--no-flush-rx",
 		fmt.Sprintf("--rxd=%d", ringSize), fmt.Sprintf("--txd=%d", ringSize),
 		fmt.Sprintf("--rxq=%d", c.Queues), fmt.Sprintf("--txq=%d", c.Queues),
-		fmt.Sprintf("--total-num-mbufs=%d", mbufs))
+		fmt.Sprintf("--total-num-mbufs=%d", mbufs+2*c.FDB)) // net_pcap keeps what it read in buffers
 	if c.Size > mbufRoom {
 		argv = append(argv, "--tx-offloads="+txMultiSegs)
 	}
@@ -96,8 +96,8 @@ func txpkts(size int) string {
 // asked last.
 type portRates struct{ rx, tx float64 }
 
-// rates asks for what passed in a while.
-func (t *testpmd) rates(d time.Duration) (portRates, error) {
+// rates asks for what passed in a while through its first ports.
+func (t *testpmd) rates(ports int, d time.Duration) (portRates, error) {
 	const show = "show port stats all"
 	if _, err := t.set(show); err != nil {
 		return portRates{}, err
@@ -107,22 +107,22 @@ func (t *testpmd) rates(d time.Duration) (portRates, error) {
 	if err != nil {
 		return portRates{}, err
 	}
-	return parseRates(s)
+	return parseRates(s, ports)
 }
 
 var rxPPS, txPPS = regexp.MustCompile(`Rx-pps:\s+(\d+)`), regexp.MustCompile(`Tx-pps:\s+(\d+)`)
 
-// parseRates adds up the ports of one "show port stats all".
-func parseRates(s string) (r portRates, err error) {
+// parseRates adds up the first ports of one "show port stats all".
+func parseRates(s string, ports int) (r portRates, err error) {
 	for _, f := range []struct {
 		re  *regexp.Regexp
 		sum *float64
 	}{{rxPPS, &r.rx}, {txPPS, &r.tx}} {
 		all := f.re.FindAllStringSubmatch(s, -1)
-		if len(all) == 0 {
-			return r, fmt.Errorf("no rates in testpmd's answer: %q", s)
+		if len(all) < ports {
+			return r, fmt.Errorf("no rates of %d ports in testpmd's answer: %q", ports, s)
 		}
-		for _, m := range all {
+		for _, m := range all[:ports] {
 			n, err := strconv.ParseFloat(m[1], 64)
 			if err != nil {
 				return r, err

@@ -133,15 +133,21 @@ func (s *samples) ratios(subject, metric string) (xs []float64) {
 	return xs
 }
 
-// reason says why a subject has no figure.
+// reason says why a subject has no figures at all, or nil if it has some and
+// merely does not tell one of them.
 func (s *samples) reason(subject string) error {
+	for _, r := range s.rounds {
+		if r[subject] != nil {
+			return nil
+		}
+	}
 	switch {
 	case s.trial.missing[subject] != nil:
 		return s.trial.missing[subject]
 	case s.failed[subject] != nil:
 		return s.failed[subject]
 	}
-	return errors.New("it does not tell")
+	return errors.New("ended before its turn")
 }
 
 // spread is the median and the range of a figure.
