@@ -24,7 +24,7 @@ import (
 // once, and checks that the other end got the same.
 func carry(t *testing.T, from, to *enginetest.NetNS, addr string, conns, size int) {
 	t.Helper()
-	l, err := to.Listen("tcp4", addr)
+	l, err := to.Listen("tcp", addr)
 	require.NoError(t, err)
 	defer l.Close()
 	go func() {
@@ -44,7 +44,7 @@ func carry(t *testing.T, from, to *enginetest.NetNS, addr string, conns, size in
 	var wg sync.WaitGroup
 	for i := range conns {
 		wg.Go(func() {
-			c, err := from.Dial("tcp4", addr, soon)
+			c, err := from.Dial("tcp", addr, soon)
 			if !assert.NoError(t, err) {
 				return
 			}

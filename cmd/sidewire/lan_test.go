@@ -87,6 +87,7 @@ func plugNIC(t *testing.T, p *process, nic string, o vhosttest.Options) *vm {
 	}
 	v := &vm{t: t, ns: enginetest.NewNetNS(t), dir: t.TempDir()}
 	var err error
+	require.NoError(t, v.ns.Sysctl("net/ipv6/conf/default/accept_dad", "0"))
 	v.tap, err = vhosttest.StartTapGuest(vhosttest.TapOptions{Options: o, NetNS: v.ns.Path})
 	require.NoError(t, err)
 	t.Cleanup(func() { v.tap.Close() })
