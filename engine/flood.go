@@ -121,6 +121,10 @@ func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.F
 		if f.In == m.id || w.vlan[i] == noVLAN || !m.members.has(w.vlan[i]) {
 			continue
 		}
+		if !m.fits(f) {
+			add(&c.drops[frame.OversizeFrame], 1)
+			continue
+		}
 		if m.steer != nil {
 			f.Queue = m.steer.queue(flowHash(f))
 		}

@@ -66,6 +66,10 @@ type SwitchPort struct {
 	// Uplink is a port that many stations are behind: it may own 16 times as
 	// many addresses, and SpoofCheck is ignored.
 	Uplink bool
+	// MTU is the longest packet that the port takes if it is no GSO frame, in
+	// bytes, without the Ethernet header and a tag; 0 is any. A switch has no
+	// way to tell the sender: what is longer is dropped.
+	MTU int
 	// Queues is how many queue pairs the port has; 0 is 1. Where it has
 	// several, frames go to the one that the guest last used for their flow.
 	Queues int
@@ -120,6 +124,7 @@ type member struct {
 	arp    bool
 	slow   bool // frames need more than a look at their addresses
 	uplink bool
+	max    int32     // length of the longest frame without GSO and tag
 	steer  *steering // nil: one queue pair
 	owner  *owner
 	bucket bucket
@@ -186,7 +191,10 @@ func (s *Switch) newMember(c SwitchPort) (*member, error) {
 	for range s.e.workers {
 		m.counts = append(m.counts, new(memberCounts))
 	}
-	m.slow = m.steer != nil
+	m.slow, m.max = m.steer != nil, math.MaxInt32
+	if c.MTU > 0 {
+		m.max = int32(c.MTU) + frame.EthernetLen
+	}
 	limit := s.conf.MACs
 	if c.Uplink {
 		limit *= uplinkFactor
@@ -315,7 +323,7 @@ func (m *member) Process(b *frame.Batch) {
 		src: noKey, dst: noKey,
 	}
 	var src, dst uint64
-	var out frame.PortID // Drop: there is no such verdict
+	var out *member // nil: there is no such verdict
 	for i := range b.Len() {
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
@@ -325,8 +333,8 @@ func (m *member) Process(b *frame.Batch) {
 		// type of the one before, and need no more than its verdict. The loop
 		// calls nothing for these, so that its variables stay in registers.
 		to, from := binary.BigEndian.Uint64(f.Head[:8]), binary.BigEndian.Uint64(f.Head[6:14])
-		if from == src && to == dst && out != frame.Drop && f.HeadLen >= frame.EthernetLen {
-			f.Out = out
+		if from == src && to == dst && out != nil && f.HeadLen >= frame.EthernetLen && f.Len <= out.max {
+			f.Out = out.id
 			continue
 		}
 		src, dst, out = from, to, m.decide(f, to, from, &w)
@@ -348,31 +356,31 @@ type batchWork struct {
 
 // decide is Process for one frame, of which to and from are the addresses with
 // what follows them. It returns where all frames with the same addresses and
-// the same type may go in this batch, or Drop if that is to be decided anew.
-func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) frame.PortID {
+// the same type may go in this batch, or nil if that is to be decided anew.
+func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) *member {
 	if f.HeadLen < frame.EthernetLen {
 		m.drop(f, w, frame.ShortFrame)
-		return frame.Drop
+		return nil
 	}
 	vlan, tagged := m.native, isTag(uint16(from))
 	if !m.untagged || tagged {
 		var r frame.DropReason
 		if vlan, r = m.classify(f); r != frame.ReasonNone {
 			m.drop(f, w, r)
-			return frame.Drop
+			return nil
 		}
 	}
 	if src := fdbKey(from, vlan); src != w.src {
 		if r := m.source(src, w); r != frame.ReasonNone {
 			m.drop(f, w, r)
-			return frame.Drop
+			return nil
 		}
 		w.src = src
 	}
 	if m.slow {
 		if r := m.inspect(f, w.b); r != frame.ReasonNone {
 			m.drop(f, w, r)
-			return frame.Drop
+			return nil
 		}
 	}
 	if dst := fdbKey(to, vlan); dst != w.dst {
@@ -385,13 +393,15 @@ func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) frame.Por
 		m.drop(f, w, frame.SamePort)
 	case w.view.vlans || out.steer != nil:
 		m.forward(f, w.b, out, vlan, w)
+	case !out.fits(f):
+		m.drop(f, w, frame.OversizeFrame)
 	default:
 		f.Out = out.id
 		if !tagged && !m.slow {
-			return out.id
+			return out
 		}
 	}
-	return frame.Drop
+	return nil
 }
 
 // find returns the member that the station of a key is behind, or nil.
@@ -401,6 +411,15 @@ func (s *Switch) find(key uint64, w *batchWork) *member {
 		return nil
 	}
 	return w.view.member(st.port())
+}
+
+// fits says whether the port takes frames of that length.
+func (m *member) fits(f *frame.Frame) bool {
+	n := f.Len
+	if isTag(f.EtherType()) {
+		n -= vlanLen
+	}
+	return n <= m.max || f.GSO != frame.GSONone
 }
 
 // inspect does what only some ports ask for.
@@ -419,6 +438,10 @@ func (m *member) inspect(f *frame.Frame, b *frame.Batch) frame.DropReason {
 
 // forward sends a frame to one member in the form that it has to have there.
 func (m *member) forward(f *frame.Frame, b *frame.Batch, out *member, vlan uint16, w *batchWork) {
+	if !out.fits(f) {
+		m.drop(f, w, frame.OversizeFrame)
+		return
+	}
 	if out.steer != nil {
 		widen(f, steerHead)
 		f.Queue = out.steer.queue(flowHash(f))

@@ -222,3 +222,39 @@ func TestSwitchGiant(t *testing.T) {
 	b.send(0, big)
 	assert.Equal(t, []int{0, 0, 1}, b.receivers(), "lost for those that need the tag only")
 }
+
+// TestSwitchMTU: what is too long for one port does not go there, and a tag
+// does not count.
+func TestSwitchMTU(t *testing.T) {
+	b := newBed(t, SwitchConfig{})
+	b.port(SwitchPort{Access: 10})
+	b.port(SwitchPort{Trunk: []uint16{10}, MTU: 100})
+	b.port(SwitchPort{Access: 10, MTU: 100})
+	b.port(SwitchPort{Access: 10, MTU: 101})
+	packet := func(dst frame.MAC, n int) []byte {
+		return enginetest.Eth{Dst: dst, Src: mac(1)}.Frame(0x88b5, make([]byte, n))
+	}
+	b.send(0, packet(frame.Broadcast, 100), packet(frame.Broadcast, 101), packet(frame.Broadcast, 102))
+	assert.Equal(t, []int{0, 1, 1, 2}, b.receivers())
+	for p, vlan := range []uint16{0, 10, 0, 0} {
+		b.send(p, eth(frame.Broadcast, mac(10+p), vlan))
+	}
+	b.receivers()
+	for p := 1; p < 4; p++ {
+		b.send(0, packet(mac(10+p), 100), packet(mac(10+p), 101), packet(mac(10+p), 102), packet(mac(10+p), 100))
+		assert.Equal(t, frame.OversizeFrame, b.reason(2))
+	}
+	assert.Equal(t, []int{0, 2, 2, 3}, b.receivers())
+	b.decide(0, enginetest.Packet{Bytes: packet(mac(12), 5000), Offload: frame.Offload{GSO: frame.GSOTCPv4}})
+	b.deliver(0)
+	assert.Equal(t, []int{0, 0, 1, 0}, b.receivers(), "GSO frames are for the port to cut")
+
+	plain := newBed(t, SwitchConfig{})
+	plain.port(SwitchPort{})
+	plain.port(SwitchPort{MTU: 100})
+	plain.send(1, eth(frame.Broadcast, mac(10), 0))
+	plain.receivers()
+	plain.send(0, packet(mac(10), 100), packet(mac(10), 101), packet(mac(10), 100), packet(mac(10), 101))
+	assert.Equal(t, []int{0, 2}, plain.receivers())
+	assert.Equal(t, frame.OversizeFrame, plain.reason(3))
+}
