@@ -29,11 +29,11 @@ fuzz: ## fuzz every target for T each (T=60s)
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
 		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(T) -fuzzminimizetime 50x $$p || exit 1; done; done
 
-bench: ## benchmarks of the hot functions
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+bench: ## benchmarks of the hot functions beside the stored baseline (SAVE=1 stores one)
+	$(GO) run ./perf bench $(if $(SAVE),-save)
 
-perf: ## one TCP stream beside the kernel's own way, interleaved
-	$(GO) run ./perf
+perf: ## whole paths beside their peers, into perf/report/ (QUICK=1: three minutes)
+	$(GO) run ./perf $(if $(QUICK),-quick) $(PERF)
 
 lint: ## gofmt and vet
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

@@ -71,13 +71,22 @@ func (c cell) String() string {
 	return s
 }
 
-// subjects are who is measured in the cell.
-func (c cell) subjects(p *programs) []string {
-	out := []string{ours, oursAgain, pmdIO}
-	if c.Path == guestToGuest || c.Path == roundTrip {
-		out = append(out, oursFixed, pmdMAC, ovs)
+// subjects are who is measured in the cell; the A/A run and all peers in every
+// one, unless quick.
+func (c cell) subjects(p *programs, quick bool) []string {
+	between := c.Path == guestToGuest || c.Path == roundTrip
+	out := []string{ours}
+	switch {
+	case quick && c.Path == guestToGuest && c.Size == 64 && !c.Packed:
+		out = append(out, oursAgain, pmdIO, ovs)
+	case quick:
+		out = append(out, pmdIO)
+	case between:
+		out = append(out, oursAgain, oursFixed, pmdIO, pmdMAC, ovs)
+	default:
+		out = append(out, oursAgain, pmdIO)
 	}
-	if p.against != "" {
+	if p.against != "" && between { // the other program has no source and no sink
 		out = append(out, other)
 	}
 	return out

@@ -81,11 +81,9 @@ func runInner(args []string) error {
 var pollModes = map[string]engine.PollMode{"always": engine.PollAlways, "adaptive": engine.PollAdaptive, "never": engine.PollNever}
 
 func (in *inner) addDevice(ctx context.Context, name, path string, queues int, packed bool, log *slog.Logger) error {
-	c := vhostuser.Config{Name: name, Path: path, QueuePairs: queues, Barrier: in.e.Barrier, Log: log}
-	if err := offerPacked(&c, packed); err != nil {
-		return err
-	}
-	d, err := vhostuser.NewDevice(c)
+	d, err := vhostuser.NewDevice(vhostuser.Config{
+		Name: name, Path: path, QueuePairs: queues, Packed: packed, Barrier: in.e.Barrier, Log: log,
+	})
 	if err != nil {
 		return err
 	}

@@ -47,8 +47,8 @@ func main() {
 	var o options
 	flag.BoolVar(&o.quick, "quick", false, "the cells that say most, in less than three minutes")
 	flag.StringVar(&o.only, "only", "", "`REGEXP` of the titles to measure, out of all; see -list")
-	flag.IntVar(&o.rounds, "rounds", 0, "`N` rounds, each with every subject (default 5, quick 1)")
-	flag.Float64Var(&o.seconds, "seconds", 0, "`SECONDS` of each measurement (default 2, quick 1)")
+	flag.IntVar(&o.rounds, "rounds", 0, "`N` rounds, each with every subject (default 5, quick 2)")
+	flag.Float64Var(&o.seconds, "seconds", 0, "`SECONDS` of each measurement (default 2, quick 0.5)")
 	flag.StringVar(&o.flags, "flags", "", "further flags for sidewire run")
 	flag.StringVar(&o.against, "against", "", "another sidewire `PROGRAM` to measure beside, to see what a change brought")
 	flag.StringVar(&o.out, "out", filepath.Join("perf", "report"), "`DIR` for the report")
@@ -62,12 +62,13 @@ func main() {
 	}
 }
 
-// inside are the programs that the harness starts itself as, in processes of
-// their own.
+// inside are the programs that are told from the harness by the first argument.
+// Most of them it starts itself, as processes of their own.
 var inside = map[string]func(args []string) error{
 	"inner": runInner,
 	"echo":  runEcho,
 	"ask":   runAsk,
+	"bench": runBench,
 }
 
 // self is the path of this program.
@@ -108,8 +109,8 @@ func run(ctx context.Context, o options) error {
 	if p.sidewire, err = buildSidewire(ctx, dir); err != nil {
 		return err
 	}
-	putBack := reserveHugepages()
-	defer putBack()
+	defer reserveHugepages()()
+	defer preferSelf()()
 	return measureAll(ctx, o, trials)
 }
 
@@ -131,7 +132,7 @@ func measureAll(ctx context.Context, o options, trials []*trial) error {
 func (p *programs) trials(o options) []*trial {
 	quick := o.quick && o.only == ""
 	d := time.Duration(o.seconds * float64(time.Second))
-	out := p.packetTrials(packetCells(quick), d)
+	out := p.packetTrials(packetCells(quick), quick, d)
 	if !quick {
 		out = append(out, p.growthTrials(d)...)
 	}
@@ -141,7 +142,7 @@ func (p *programs) trials(o options) []*trial {
 func (o *options) defaults() {
 	rounds, seconds := 5, 2.0
 	if o.quick {
-		rounds, seconds = 1, 1
+		rounds, seconds = 2, 0.5
 	}
 	if o.rounds == 0 {
 		o.rounds = rounds

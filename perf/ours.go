@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -14,16 +13,7 @@ import (
 	"time"
 
 	"sidewire/engine"
-	"sidewire/vhostuser"
 )
-
-// offerPacked lets a device offer packed rings.
-func offerPacked(_ *vhostuser.Config, packed bool) error {
-	if packed {
-		return errors.New("this sidewire has no packed rings")
-	}
-	return nil
-}
 
 // engineAlone is the program "perf inner".
 type engineAlone struct {

@@ -101,16 +101,16 @@ func (p *programs) missing(name string, c cell) error {
 }
 
 // packetTrials are the rows of the packet paths.
-func (p *programs) packetTrials(cells []cell, d time.Duration) []*trial {
+func (p *programs) packetTrials(cells []cell, quick bool, d time.Duration) []*trial {
 	subjects := p.subjects()
 	var out []*trial
 	for _, c := range cells {
-		t := &trial{Group: "Packets", Title: c.String(), missing: map[string]error{}, takes: d + 3500*time.Millisecond}
+		t := &trial{Group: "Packets", Title: c.String(), missing: map[string]error{}, takes: d + 3*time.Second}
 		t.Metrics = []metric{mpps, busyTime, syscalls, allocs, dropped}
 		if c.Path == roundTrip {
 			t.Metrics = []metric{tripTime, syscalls}
 		}
-		for _, name := range c.subjects(p) {
+		for _, name := range c.subjects(p, quick) {
 			t.Subjects = append(t.Subjects, name)
 			if err := p.missing(name, c); err != nil {
 				t.missing[name] = err

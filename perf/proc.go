@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -93,9 +94,22 @@ func startProc(ctx context.Context, o procOptions, name string, argv ...string) 
 // prefer asks the scheduler to let the process have its processor. It is in a
 // session of its own, so that its niceness counts only within its autogroup,
 // which has a niceness too. Without the right to it, it runs as it is.
-func (p *proc) prefer() {
-	_ = unix.Setpriority(unix.PRIO_PROCESS, p.pid(), -20)
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/autogroup", p.pid()), []byte("-20"), 0)
+func (p *proc) prefer() { _ = setNice(p.pid(), mostPreferred) }
+
+const mostPreferred = -20
+
+func setNice(pid, nice int) error {
+	return errors.Join(unix.Setpriority(unix.PRIO_PROCESS, pid, nice),
+		os.WriteFile(fmt.Sprintf("/proc/%d/autogroup", pid), []byte(strconv.Itoa(nice)), 0))
+}
+
+// preferSelf does the same for the harness, which plays the guests of the
+// streams, and for its session. It returns what puts it back.
+func preferSelf() (putBack func()) {
+	if setNice(os.Getpid(), mostPreferred) != nil {
+		return func() {}
+	}
+	return func() { _ = setNice(os.Getpid(), 0) }
 }
 
 func (p *proc) pid() int { return p.cmd.Process.Pid }
