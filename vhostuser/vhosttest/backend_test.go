@@ -54,6 +54,7 @@ func startLoopback(t *testing.T, b *loopback) string {
 	if b.features == 0 {
 		b.features = LinuxFeatures | FeatAnyLayout
 	}
+	b.features |= FeatRingPacked
 	if b.protocol == 0 {
 		b.protocol = QEMUProtocol &^ (ProtoBackendReq | ProtoDeviceState)
 	}
@@ -192,7 +193,7 @@ func (b *loopback) handle(m Message) (reply []byte, hasReply bool) {
 		r := b.ring(u32(0))
 		r.kick = m.Fds[0]
 		q, err := virtq.New(b.mem, virtq.Config{Size: uint16(r.size), Desc: r.desc, Avail: r.avail, Used: r.used,
-			Base: uint16(r.base), EventIdx: b.acked&FeatEventIdx != 0, Indirect: b.acked&FeatIndirect != 0})
+			Packed: b.acked&FeatRingPacked != 0, Base: uint16(r.base), EventIdx: b.acked&FeatEventIdx != 0, Indirect: b.acked&FeatIndirect != 0})
 		if err != nil {
 			return U64(1), false
 		}

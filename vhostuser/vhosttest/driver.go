@@ -51,7 +51,7 @@ func (g *Guest) headerAlone() bool {
 
 func (g *Guest) newBuffers(index, size int, write bool) (*buffers, error) {
 	o := &g.Options
-	r, err := NewRing(g.Mem, index, o.RingSize, g.Features&FeatEventIdx != 0)
+	r, err := g.newRing(index, o.RingSize)
 	if err != nil {
 		return nil, err
 	}

@@ -42,7 +42,7 @@ func wire(t testing.TB, pairs, workers int) (paths [2]string, devices [2]*vhostu
 	var ids [2]frame.PortID
 	for i := range paths {
 		paths[i] = filepath.Join(t.TempDir(), "v.sock")
-		d, err := vhostuser.NewDevice(vhostuser.Config{Name: "guest", Path: paths[i], QueuePairs: pairs, Barrier: e.Barrier, Log: quiet})
+		d, err := vhostuser.NewDevice(vhostuser.Config{Name: "guest", Path: paths[i], QueuePairs: pairs, Barrier: e.Barrier, Log: quiet, Packed: true})
 		require.NoError(t, err)
 		ids[i], err = e.AddPort("guest", d)
 		require.NoError(t, err)
@@ -64,7 +64,9 @@ func wire(t testing.TB, pairs, workers int) (paths [2]string, devices [2]*vhostu
 }
 
 // Two guests of the real backend, in every layout.
-func TestGuestsOfOurBackend(t *testing.T) {
+func TestGuestsOfOurBackend(t *testing.T) { bothRings(t, testGuestsOfOurBackend) }
+
+func testGuestsOfOurBackend(t *testing.T) {
 	for _, o := range []Options{
 		{},
 		{Features: NoOffloads &^ FeatEventIdx, RingSize: 8},
@@ -72,6 +74,8 @@ func TestGuestsOfOurBackend(t *testing.T) {
 		{RingSize: 32, Pieces: 3, SplitHeader: true, Indirect: true},
 		{RxBufSize: 600, QueuePairs: 2},
 		{Features: NoOffloads &^ FeatMrgRxbuf},
+		{Packed: true, RingSize: 100, RxBufSize: 600},
+		{Packed: true, RingSize: 7, Features: NoOffloads &^ FeatEventIdx},
 	} {
 		paths, _ := wire(t, max(1, o.QueuePairs), 1)
 		var g [2]*Guest
@@ -97,7 +101,9 @@ func TestGuestsOfOurBackend(t *testing.T) {
 	}
 }
 
-func TestTapGuestsOfOurBackend(t *testing.T) {
+func TestTapGuestsOfOurBackend(t *testing.T) { bothRings(t, testTapGuestsOfOurBackend) }
+
+func testTapGuestsOfOurBackend(t *testing.T) {
 	enginetest.Need(t, "netns", "tun")
 	for _, features := range [][2]uint64{
 		{LinuxFeatures, LinuxFeatures},
@@ -118,7 +124,7 @@ func tapGuests(t testing.TB, pairs, workers int, features [2]uint64) (a, b *engi
 	for i := range ns {
 		ns[i] = enginetest.NewNetNS(t)
 		mac := frame.MAC{2, 0, 0, 0, 0, byte(i + 1)}
-		g, err := StartTapGuest(TapOptions{Options: Options{Path: paths[i], Features: features[i], MAC: mac, QueuePairs: pairs}, NetNS: ns[i].Path})
+		g, err := StartTapGuest(TapOptions{Options: Options{Path: paths[i], Features: features[i], MAC: mac, QueuePairs: pairs, Packed: packedGuests}, NetNS: ns[i].Path})
 		require.NoError(t, err)
 		t.Cleanup(func() { assert.NoError(t, g.Close()) })
 	}
@@ -176,11 +182,13 @@ func BenchmarkTap(b *testing.B) {
 
 // The backend dials, goes away and comes back; the guest goes on from its used
 // rings (T14).
-func TestListenAndReconnect(t *testing.T) {
+func TestListenAndReconnect(t *testing.T) { bothRings(t, testListenAndReconnect) }
+
+func testListenAndReconnect(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "l.sock")
 	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
 	backend := func() (d *vhostuser.Device, stop func()) {
-		d, err := vhostuser.NewDevice(vhostuser.Config{Name: "guest", Path: path, Client: true, Log: quiet})
+		d, err := vhostuser.NewDevice(vhostuser.Config{Name: "guest", Path: path, Client: true, Log: quiet, Packed: true})
 		require.NoError(t, err)
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
@@ -212,7 +220,9 @@ func TestListenAndReconnect(t *testing.T) {
 	pull(enginetest.Payload(62, 3))
 }
 
-func TestControlQueueOfOurBackend(t *testing.T) {
+func TestControlQueueOfOurBackend(t *testing.T) { bothRings(t, testControlQueueOfOurBackend) }
+
+func testControlQueueOfOurBackend(t *testing.T) {
 	paths, _ := wire(t, 2, 1)
 	g := connect(t, Options{Path: paths[0], QueuePairs: 2, Features: LinuxFeatures | FeatCtrlVQ | FeatCtrlRx,
 		ProtocolFeatures: QEMUProtocol | ProtoConfig})

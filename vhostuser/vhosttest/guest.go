@@ -119,6 +119,9 @@ func (g *Guest) build() (err error) {
 	if g.Features&(FeatVersion1|FeatMrgRxbuf) != 0 {
 		g.HdrLen = frame.VnetHdrMrgLen
 	}
+	if o.Packed && g.Features&FeatRingPacked == 0 {
+		return fmt.Errorf("backend does not offer packed rings")
+	}
 	if o.QueuePairs > 1 && g.Features&FeatMQ == 0 {
 		return fmt.Errorf("backend does not offer several queue pairs")
 	}
@@ -146,6 +149,14 @@ func (g *Guest) build() (err error) {
 		return g.buildCtrl()
 	}
 	return nil
+}
+
+// newRing lays out a ring as it was negotiated.
+func (g *Guest) newRing(index, size int) (*Ring, error) {
+	if g.Features&FeatRingPacked != 0 {
+		return NewPackedRing(g.Mem, index, size, g.Features&FeatEventIdx != 0)
+	}
+	return NewRing(g.Mem, index, size, g.Features&FeatEventIdx != 0)
 }
 
 // Rx and Tx are the rings of a queue pair.
@@ -238,7 +249,7 @@ func (g *Guest) StartRing(r *Ring) error {
 	if err := g.SetVringNum(r.Index, r.Size); err != nil {
 		return err
 	}
-	if err := g.SetVringBase(r.Index, uint32(r.UsedIdx())); err != nil {
+	if err := g.SetVringBase(r.Index, r.Base()); err != nil {
 		return err
 	}
 	if err := g.SetVringAddr(r.Index, r.Addr()); err != nil {
@@ -271,8 +282,8 @@ func (g *Guest) Stop() error {
 		if err != nil {
 			return err
 		}
-		if used := r.UsedIdx(); uint16(base) != used {
-			return fmt.Errorf("%w: ring %d stopped at %d with used index %d", ErrBackend, r.Index, base, used)
+		if used := r.Base(); uint16(base) != uint16(used) { // DPDK tells no more of a packed ring
+			return fmt.Errorf("%w: ring %d stopped at %#x, its used elements end at %#x", ErrBackend, r.Index, base, used)
 		}
 	}
 	return nil
@@ -381,7 +392,7 @@ func (g *Guest) buildCtrl() (err error) {
 		}
 		index = 2 * int(binary.LittleEndian.Uint16(c[ConfigMaxPairs:]))
 	}
-	if g.Ctrl, err = NewRing(g.Mem, index, ctrlSize, g.Features&FeatEventIdx != 0); err != nil {
+	if g.Ctrl, err = g.newRing(index, ctrlSize); err != nil {
 		return err
 	}
 	g.ctrlAt, err = g.Mem.Alloc(ctrlRoom, pageSize)

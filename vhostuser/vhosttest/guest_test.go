@@ -16,8 +16,22 @@ import (
 
 const soon = 3 * time.Second
 
+// packedGuests lets all guests want packed rings. bothRings sets it.
+var packedGuests bool
+
+// bothRings runs a test over split and over packed rings.
+func bothRings(t *testing.T, test func(t *testing.T)) {
+	t.Run("split", test)
+	t.Run("packed", func(t *testing.T) {
+		packedGuests = true
+		defer func() { packedGuests = false }()
+		test(t)
+	})
+}
+
 func connect(t *testing.T, o Options) *Guest {
 	t.Helper()
+	o.Packed = o.Packed || packedGuests
 	g, err := Connect(o)
 	require.NoError(t, err)
 	t.Cleanup(func() { g.Close() })
@@ -39,7 +53,9 @@ func echo(t *testing.T, g *Guest, q, count, maxLen int) {
 	}
 }
 
-func TestGuestAllLayouts(t *testing.T) {
+func TestGuestAllLayouts(t *testing.T) { bothRings(t, testGuestAllLayouts) }
+
+func testGuestAllLayouts(t *testing.T) {
 	for _, f := range []struct {
 		name     string
 		features uint64
@@ -71,7 +87,9 @@ func TestGuestAllLayouts(t *testing.T) {
 	}
 }
 
-func TestGuestMergesBuffers(t *testing.T) {
+func TestGuestMergesBuffers(t *testing.T) { bothRings(t, testGuestMergesBuffers) }
+
+func testGuestMergesBuffers(t *testing.T) {
 	g := connect(t, Options{Path: startLoopback(t, &loopback{}), RxBufSize: 1000, RingSize: 256})
 	want := enginetest.Payload(60000, 1)
 	for range 20 {
@@ -83,7 +101,9 @@ func TestGuestMergesBuffers(t *testing.T) {
 	}
 }
 
-func TestGuestManyQueues(t *testing.T) {
+func TestGuestManyQueues(t *testing.T) { bothRings(t, testGuestManyQueues) }
+
+func testGuestManyQueues(t *testing.T) {
 	g := connect(t, Options{Path: startLoopback(t, &loopback{}), QueuePairs: 4, MTU: 1400})
 	for q := range 4 {
 		echo(t, g, q, 300, 2000)
@@ -91,7 +111,9 @@ func TestGuestManyQueues(t *testing.T) {
 	require.NoError(t, g.Enable(3, false))
 }
 
-func TestGuestBurst(t *testing.T) {
+func TestGuestBurst(t *testing.T) { bothRings(t, testGuestBurst) }
+
+func testGuestBurst(t *testing.T) {
 	g := connect(t, Options{Path: startLoopback(t, &loopback{})})
 	var frames [][]byte
 	for i := range 200 {
@@ -108,7 +130,9 @@ func TestGuestBurst(t *testing.T) {
 	}
 }
 
-func TestGuestStopResumeResetReconnect(t *testing.T) {
+func TestGuestStopResumeResetReconnect(t *testing.T) { bothRings(t, testGuestStopResumeResetReconnect) }
+
+func testGuestStopResumeResetReconnect(t *testing.T) {
 	b := &loopback{}
 	g := connect(t, Options{Path: startLoopback(t, b), RingSize: 16})
 	echo(t, g, 0, 20, 1000)
@@ -133,7 +157,9 @@ func TestGuestOrderOfMessages(t *testing.T) {
 		ReqSetVringNum, ReqSetVringBase, ReqSetVringAddr, ReqSetVringKick, ReqSetVringCall}, seen[:16])
 }
 
-func TestRingIndicesWrap(t *testing.T) { // H066
+func TestRingIndicesWrap(t *testing.T) { bothRings(t, testRingIndicesWrap) } // H066
+
+func testRingIndicesWrap(t *testing.T) {
 	b := &loopback{}
 	g := connect(t, Options{Path: startLoopback(t, b), RingSize: 8})
 	require.NoError(t, g.Stop())
@@ -159,7 +185,9 @@ func TestRefusalIsAnError(t *testing.T) {
 	}
 }
 
-func TestMissedInterruptIsFound(t *testing.T) {
+func TestMissedInterruptIsFound(t *testing.T) { bothRings(t, testMissedInterruptIsFound) }
+
+func testMissedInterruptIsFound(t *testing.T) {
 	g := connect(t, Options{Path: startLoopback(t, &loopback{deaf: true})})
 	// The backend signals when the call descriptor is set: take that away.
 	require.NoError(t, g.Sync())
@@ -210,6 +238,71 @@ func TestRingRefusesBrokenDevices(t *testing.T) {
 	used(1, uint32(head), 20, 2)
 	_, _, _, err = r.Reap()
 	assert.ErrorIs(t, err, ErrBackend, "the same head twice")
+}
+
+func TestPackedRingRefusesBrokenDevices(t *testing.T) {
+	m := HeapMemory(1<<20, 1<<32)
+	r, err := NewPackedRing(m, 0, 5, true)
+	require.NoError(t, err)
+	id, err := r.Post(Buf{GPA: 1 << 32, Len: 10}, Buf{GPA: 1<<32 + 10, Len: 20, Write: true})
+	require.NoError(t, err)
+	assert.Equal(t, 3, r.Free())
+	r.Publish()
+	_, _, ok, err := r.Reap()
+	require.NoError(t, err)
+	require.False(t, ok)
+	for _, bad := range []uint16{9, id ^ 1} {
+		r.RawSlot(0, 0, 20, bad, descOwner|DescWrite)
+		_, _, _, err := r.Reap()
+		assert.ErrorIs(t, err, ErrBackend, bad)
+	}
+	r.RawSlot(0, 0, 20, id, descOwner|DescWrite)
+	got, n, ok, err := r.Reap()
+	require.NoError(t, err)
+	require.True(t, ok)
+	assert.Equal(t, id, got)
+	assert.EqualValues(t, 20, n)
+	assert.Equal(t, 5, r.Free())
+	r.RawSlot(2, 0, 20, id, descOwner)
+	_, _, _, err = r.Reap()
+	assert.ErrorIs(t, err, ErrBackend, "the same id twice")
+}
+
+func TestPackedRingKicks(t *testing.T) {
+	m := HeapMemory(1<<20, 0)
+	for _, event := range []bool{true, false} {
+		r, err := NewPackedRing(m, 0, 5, event)
+		require.NoError(t, err)
+		post := func() bool {
+			id, err := r.Post(Buf{Len: 1}, Buf{Len: 1})
+			require.NoError(t, err)
+			kick := r.Publish()
+			r.RawSlot(r.packed.used.at, 0, 0, id, r.packed.used.usedUp())
+			_, _, ok, err := r.Reap()
+			require.NoError(t, err)
+			require.True(t, ok)
+			return kick
+		}
+		assert.True(t, post(), "the device has said nothing")
+		r.packed.device.Store(eventDisable << 16)
+		assert.False(t, post())
+		// Now at 4 of the first lap.
+		for _, c := range []struct {
+			at   uint32
+			want bool
+		}{{1<<15 | 4, true}, {1, true}, {2, false}, {0, false}, {1<<15 | 3, true}, {3, false}} {
+			r.packed.device.Store(eventDesc<<16 | c.at)
+			assert.Equal(t, c.want || !event, post(), "event at %#x", c.at)
+		}
+		r.Disarm()
+		assert.EqualValues(t, eventDisable<<16, r.packed.driver.Load())
+		r.Arm()
+		want := uint32(eventEnable)
+		if event {
+			want = eventDesc<<16 | r.packed.used.value()
+		}
+		assert.Equal(t, want, r.packed.driver.Load())
+	}
 }
 
 func TestRingKicks(t *testing.T) {

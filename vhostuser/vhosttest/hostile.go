@@ -26,9 +26,29 @@ const (
 type Attack struct {
 	No, Name string
 	Want     Reaction
-	Indirect bool // makes sense only with INDIRECT_DESC
+	Indirect bool   // makes sense only with INDIRECT_DESC
+	On       Layout // the rings on which it makes sense
 	// post writes the chain that begins at descriptor 0 and may stage it.
 	post func(a *attacker)
+}
+
+// Layout is a kind of ring, or any.
+type Layout uint8
+
+// The layouts.
+const (
+	AnyRing Layout = iota
+	SplitRing
+	PackedRing
+)
+
+// Suits says whether an attack makes sense with these features.
+func (a Attack) Suits(features uint64) bool {
+	if a.Indirect && features&FeatIndirect == 0 {
+		return false
+	}
+	packed := features&FeatRingPacked != 0
+	return a.On == AnyRing || packed == (a.On == PackedRing)
 }
 
 // attacker is what a post needs. The ring has nothing in flight.
@@ -41,6 +61,7 @@ type attacker struct {
 	table  uint64 // room for an indirect table of 64 KiB
 	end    uint64 // the first guest address behind memory
 	posted bool
+	id     uint16 // what comes back, if the chain does
 }
 
 const attackRoom = 1 << 16
@@ -48,21 +69,21 @@ const attackRoom = 1 << 16
 // TxAttacks are hostile inputs for a tx ring.
 func TxAttacks() []Attack {
 	return []Attack{
-		{No: "H049", Name: "avail index 5000 ahead", Want: Stopped, post: func(a *attacker) { a.jump(5000) }},
-		{No: "H049", Name: "avail index 32768 ahead", Want: Stopped, post: func(a *attacker) { a.jump(1 << 15) }},
-		{No: "H049", Name: "avail index one more than the ring", Want: Stopped, post: func(a *attacker) { a.jump(uint16(a.n + 1)) }},
-		{No: "H049", Name: "avail index backwards", Want: Stopped, post: func(a *attacker) { a.jump(0xffff) }},
-		{No: "H050", Name: "head is ring size", Want: Stopped, post: func(a *attacker) { a.head(uint16(a.n)) }},
-		{No: "H050", Name: "head 65535", Want: Stopped, post: func(a *attacker) { a.head(0xffff) }},
-		{No: "H051", Name: "descriptor links to itself", post: func(a *attacker) { a.d(0, DescNext, 0) }},
-		{No: "H051", Name: "loop of 2", post: func(a *attacker) { a.d(0, DescNext, 1); a.d(1, DescNext, 0) }},
-		{No: "H051", Name: "loop of the whole ring", post: func(a *attacker) {
+		{No: "H049", On: SplitRing, Name: "avail index 5000 ahead", Want: Stopped, post: func(a *attacker) { a.jump(5000) }},
+		{No: "H049", On: SplitRing, Name: "avail index 32768 ahead", Want: Stopped, post: func(a *attacker) { a.jump(1 << 15) }},
+		{No: "H049", On: SplitRing, Name: "avail index one more than the ring", Want: Stopped, post: func(a *attacker) { a.jump(uint16(a.n + 1)) }},
+		{No: "H049", On: SplitRing, Name: "avail index backwards", Want: Stopped, post: func(a *attacker) { a.jump(0xffff) }},
+		{No: "H050", On: SplitRing, Name: "head is ring size", Want: Stopped, post: func(a *attacker) { a.head(uint16(a.n)) }},
+		{No: "H050", On: SplitRing, Name: "head 65535", Want: Stopped, post: func(a *attacker) { a.head(0xffff) }},
+		{No: "H051", On: SplitRing, Name: "descriptor links to itself", post: func(a *attacker) { a.d(0, DescNext, 0) }},
+		{No: "H051", On: SplitRing, Name: "loop of 2", post: func(a *attacker) { a.d(0, DescNext, 1); a.d(1, DescNext, 0) }},
+		{No: "H051", On: SplitRing, Name: "loop of the whole ring", post: func(a *attacker) {
 			for i := range a.n {
 				a.d(i, DescNext, uint16((i+1)%a.n))
 			}
 		}},
-		{No: "H052", Name: "next is ring size", post: func(a *attacker) { a.d(0, DescNext, uint16(a.n)) }},
-		{No: "H052", Name: "next 65535", post: func(a *attacker) { a.d(0, DescNext, 0xffff) }},
+		{No: "H052", On: SplitRing, Name: "next is ring size", post: func(a *attacker) { a.d(0, DescNext, uint16(a.n)) }},
+		{No: "H052", On: SplitRing, Name: "next 65535", post: func(a *attacker) { a.d(0, DescNext, 0xffff) }},
 		{No: "H054", Name: "address 0", post: func(a *attacker) { a.RawDesc(0, 0, a.len, 0, 0) }},
 		{No: "H054", Name: "address behind memory", post: func(a *attacker) { a.RawDesc(0, a.end, a.len, 0, 0) }},
 		{No: "H054", Name: "address and length overflow", post: func(a *attacker) { a.RawDesc(0, ^uint64(0)-10, a.len, 0, 0) }},
@@ -101,14 +122,29 @@ func TxAttacks() []Attack {
 			a.indirect(descLen, DescNext)
 			a.d(1, 0, 0)
 		}},
-		{No: "H058", Name: "loop in the table", Indirect: true, post: func(a *attacker) {
+		{No: "H058", On: SplitRing, Name: "loop in the table", Indirect: true, post: func(a *attacker) {
 			a.t(0, a.buf, a.len, DescNext, 1)
 			a.t(1, a.buf, a.len, DescNext, 0)
 			a.indirect(2*descLen, 0)
 		}},
-		{No: "H058", Name: "next past the table", Indirect: true, post: func(a *attacker) {
+		{No: "H058", On: SplitRing, Name: "next past the table", Indirect: true, post: func(a *attacker) {
 			a.t(0, a.buf, a.len, DescNext, 1)
 			a.indirect(descLen, 0)
+		}},
+		{No: "H068", On: PackedRing, Name: "id is ring size", post: func(a *attacker) { a.d(0, 0, 0); a.head(uint16(a.n)) }},
+		{No: "H068", On: PackedRing, Name: "id 65535", post: func(a *attacker) { a.d(0, 0, 0); a.head(0xffff) }},
+		{No: "H068", On: PackedRing, Name: "flags without a meaning", post: func(a *attacker) { a.RawDesc(0, a.end, a.len, 0x7f78, 0) }},
+		{No: "H068", On: PackedRing, Name: "no chain behind the flag", Want: Stopped, post: func(a *attacker) { a.d(0, DescNext, 0) }},
+		{No: "H068", On: PackedRing, Name: "no end behind two", Want: Stopped, post: func(a *attacker) { a.d(0, DescNext, 0); a.d(1, DescNext, 0) }},
+		{No: "H068", On: PackedRing, Name: "chain without end", Want: Stopped, post: func(a *attacker) {
+			for i := range a.n {
+				a.d(i, DescNext, 0)
+			}
+		}},
+		{No: "H068", On: PackedRing, Name: "bad chain without end", Want: Stopped, post: func(a *attacker) {
+			for i := range a.n {
+				a.RawDesc(i, a.end, a.len, DescNext, 0)
+			}
 		}},
 	}
 }
@@ -117,10 +153,10 @@ func TxAttacks() []Attack {
 // there.
 func RxAttacks() []Attack {
 	return []Attack{
-		{No: "H049", Name: "avail index 5000 ahead", Want: Stopped, post: func(a *attacker) { a.jump(5000) }},
-		{No: "H050", Name: "head is ring size", Want: Stopped, post: func(a *attacker) { a.head(uint16(a.n)) }},
-		{No: "H051", Name: "descriptor links to itself", post: func(a *attacker) { a.d(0, DescWrite|DescNext, 0) }},
-		{No: "H052", Name: "next is ring size", post: func(a *attacker) { a.d(0, DescWrite|DescNext, uint16(a.n)) }},
+		{No: "H049", On: SplitRing, Name: "avail index 5000 ahead", Want: Stopped, post: func(a *attacker) { a.jump(5000) }},
+		{No: "H050", On: SplitRing, Name: "head is ring size", Want: Stopped, post: func(a *attacker) { a.head(uint16(a.n)) }},
+		{No: "H051", On: SplitRing, Name: "descriptor links to itself", post: func(a *attacker) { a.d(0, DescWrite|DescNext, 0) }},
+		{No: "H052", On: SplitRing, Name: "next is ring size", post: func(a *attacker) { a.d(0, DescWrite|DescNext, uint16(a.n)) }},
 		{No: "H054", Name: "address behind memory", post: func(a *attacker) { a.RawDesc(0, a.end, 2000, DescWrite, 0) }},
 		{No: "H054", Name: "crosses the end of memory", post: func(a *attacker) { a.RawDesc(0, a.end-100, 2000, DescWrite, 0) }},
 		{No: "H057", Name: "readable", post: func(a *attacker) { a.d(0, 0, 0) }},
@@ -131,6 +167,16 @@ func RxAttacks() []Attack {
 			a.RawDesc(1, a.end, 2000, DescWrite|DescNext, 2)
 			a.RawDesc(2, a.buf, 2000, DescWrite, 0)
 		}},
+		{No: "H068", On: PackedRing, Name: "id is ring size", post: func(a *attacker) {
+			a.RawDesc(0, a.buf, 2000, DescWrite, 0)
+			a.head(uint16(a.n))
+		}},
+		{No: "H068", On: PackedRing, Name: "no chain behind the flag", Want: Stopped, post: func(a *attacker) { a.d(0, DescWrite|DescNext, 0) }},
+		{No: "H068", On: PackedRing, Name: "chain without end", Want: Stopped, post: func(a *attacker) {
+			for i := range a.n {
+				a.d(i, DescWrite|DescNext, 0)
+			}
+		}},
 	}
 }
 
@@ -139,6 +185,9 @@ func (a *attacker) d(i int, flags, next uint16) { a.RawDesc(i, a.buf, a.len, fla
 
 // t writes entry i of the indirect table.
 func (a *attacker) t(i int, gpa uint64, n uint32, flags, next uint16) {
+	if a.Packed() {
+		flags, next = 0, flags
+	}
 	putDesc(a.mem.At(a.table+uint64(i*descLen), descLen), gpa, n, flags, next)
 }
 
@@ -156,7 +205,7 @@ func (a *attacker) jump(n uint16) {
 // head stages a head other than 0.
 func (a *attacker) head(h uint16) {
 	a.RawPost(h)
-	a.posted = true
+	a.posted, a.id = true, h
 }
 
 // Attack carries out an attack on tx ring q, in which nothing may be in
@@ -179,36 +228,38 @@ func (g *Guest) AttackRx(a Attack, q int, valid []byte, push func() error, wait 
 	if err := g.StartRing(b.Ring); err != nil {
 		return err
 	}
-	if err := g.stageAttack(a, b, valid); err != nil {
+	x, err := g.stageAttack(a, b, valid)
+	if err != nil {
 		return err
 	}
 	if err := push(); err != nil {
 		return err
 	}
-	return g.reaction(a, b, wait)
+	return g.reaction(a, b, x.id, wait)
 }
 
 func (g *Guest) attack(a Attack, b *buffers, valid []byte, wait time.Duration) error {
 	if b.InFlight() != 0 {
 		return fmt.Errorf("vhosttest: ring %d has chains in flight", b.Index)
 	}
-	if err := g.stageAttack(a, b, valid); err != nil {
+	x, err := g.stageAttack(a, b, valid)
+	if err != nil {
 		return err
 	}
-	return g.reaction(a, b, wait)
+	return g.reaction(a, b, x.id, wait)
 }
 
-func (g *Guest) stageAttack(a Attack, b *buffers, valid []byte) (err error) {
+func (g *Guest) stageAttack(a Attack, b *buffers, valid []byte) (x *attacker, err error) {
 	if g.attackAt == 0 {
 		if g.attackAt, err = g.Mem.Alloc(2*attackRoom, pageSize); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	m := g.Mem.At(g.attackAt, attackRoom)
 	clear(m[:g.HdrLen])
 	(&frame.Offload{}).Encode(m[:frame.VnetHdrLen])
 	copy(m[g.HdrLen:], valid)
-	x := &attacker{Ring: b.Ring, n: b.Size, buf: g.attackAt, len: uint32(g.HdrLen + len(valid)), hdr: uint32(g.HdrLen),
+	x = &attacker{Ring: b.Ring, n: b.Size, buf: g.attackAt, len: uint32(g.HdrLen + len(valid)), hdr: uint32(g.HdrLen),
 		table: g.attackAt + attackRoom, end: g.Mem.GPA + uint64(len(g.Mem.Bytes))}
 	drainEventfd(b.Err)
 	a.post(x)
@@ -216,11 +267,11 @@ func (g *Guest) stageAttack(a Attack, b *buffers, valid []byte) (err error) {
 		b.RawPost(0)
 	}
 	b.Publish()
-	return signal(b.Kick)
+	return x, signal(b.Kick)
 }
 
 // reaction waits for what the backend does and compares.
-func (g *Guest) reaction(a Attack, b *buffers, wait time.Duration) error {
+func (g *Guest) reaction(a Attack, b *buffers, want uint16, wait time.Duration) error {
 	fail := func(format string, args ...any) error {
 		return fmt.Errorf("%w: %s %s: %s", ErrBackend, a.No, a.Name, fmt.Sprintf(format, args...))
 	}
@@ -233,7 +284,7 @@ func (g *Guest) reaction(a Attack, b *buffers, wait time.Duration) error {
 			return fail("the chain did not come back: %v", err)
 		}
 		id, n, ok := b.RawReap()
-		if !ok || id != 0 || n != 0 {
+		if !ok || id != uint32(want) || n != 0 {
 			return fail("used element %d with length %d", id, n)
 		}
 	}

@@ -13,7 +13,9 @@ import (
 
 // TestTxAttacksOnOurBackend plays every hostile tx input (H049 to H058); frames
 // get through before and after each.
-func TestTxAttacksOnOurBackend(t *testing.T) {
+func TestTxAttacksOnOurBackend(t *testing.T) { bothRings(t, testTxAttacksOnOurBackend) }
+
+func testTxAttacksOnOurBackend(t *testing.T) {
 	for _, features := range []uint64{LinuxFeatures, NoOffloads &^ FeatEventIdx, LinuxFeatures &^ FeatMrgRxbuf} {
 		paths, _ := wire(t, 1, 1)
 		bad := connect(t, Options{Path: paths[0], Features: features, RingSize: 64})
@@ -28,7 +30,7 @@ func TestTxAttacksOnOurBackend(t *testing.T) {
 		}
 		pass("before", 0)
 		for i, a := range TxAttacks() {
-			if a.Indirect && bad.Features&FeatIndirect == 0 {
+			if !a.Suits(bad.Features) {
 				continue
 			}
 			require.NoError(t, bad.Attack(a, 0, enginetest.Payload(60, 9), soon))
@@ -40,13 +42,18 @@ func TestTxAttacksOnOurBackend(t *testing.T) {
 	}
 }
 
-func TestRxAttacksOnOurBackend(t *testing.T) {
+func TestRxAttacksOnOurBackend(t *testing.T) { bothRings(t, testRxAttacksOnOurBackend) }
+
+func testRxAttacksOnOurBackend(t *testing.T) {
 	paths, _ := wire(t, 1, 1)
 	bad := connect(t, Options{Path: paths[0], RingSize: 64})
 	peer := connect(t, Options{Path: paths[1]})
 	want := enginetest.Payload(900, 3)
 	push := func() error { return peer.Send(0, want, frame.Offload{}) }
 	for _, a := range RxAttacks() {
+		if !a.Suits(bad.Features) {
+			continue
+		}
 		require.NoError(t, bad.AttackRx(a, 0, want, push, soon))
 		require.NoError(t, bad.Revive(bad.Rx(0)))
 		require.NoError(t, push())
@@ -58,14 +65,18 @@ func TestRxAttacksOnOurBackend(t *testing.T) {
 
 // An attack that the backend takes for a good chain is found: the catalogue
 // can fail.
-func TestAttackFindsCarelessBackend(t *testing.T) {
+func TestAttackFindsCarelessBackend(t *testing.T) { bothRings(t, testAttackFindsCarelessBackend) }
+
+func testAttackFindsCarelessBackend(t *testing.T) {
 	b := &loopback{}
 	g := connect(t, Options{Path: startLoopback(t, b)})
 	harmless := Attack{No: "H000", Name: "nothing wrong", Want: Stopped, post: func(a *attacker) { a.d(0, 0, 0) }}
 	assert.ErrorIs(t, g.Attack(harmless, 0, enginetest.Payload(60, 1), 100*time.Millisecond), ErrBackend)
 }
 
-func TestDirtyLogOfOurBackend(t *testing.T) {
+func TestDirtyLogOfOurBackend(t *testing.T) { bothRings(t, testDirtyLogOfOurBackend) }
+
+func testDirtyLogOfOurBackend(t *testing.T) {
 	for _, o := range []Options{{RxBufSize: 700}, {Features: NoOffloads &^ FeatEventIdx}} {
 		paths, _ := wire(t, 1, 1)
 		o.Path = paths[0]

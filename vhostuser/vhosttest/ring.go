@@ -26,8 +26,8 @@ type Buf struct {
 	Write bool // for the device to write
 }
 
-// Ring is the driver's side of a split virtqueue. It belongs to one goroutine
-// at a time.
+// Ring is the driver's side of a virtqueue. It belongs to one goroutine at a
+// time.
 //
 // The driver's bookkeeping is its own: nothing but used ids, lengths and
 // events is read back from the memory. The methods that begin with Raw write
@@ -35,9 +35,10 @@ type Buf struct {
 type Ring struct {
 	Index             int    // its number in messages
 	Size              int    // descriptors
-	Desc, Avail, Used uint64 // guest addresses of its parts
+	Desc, Avail, Used uint64 // guest addresses of its parts; of a packed ring also its descriptors and the two event words
 	Kick, Call, Err   int    // eventfds, -1 for none
 
+	packed   *packedRing // nil for a split ring
 	eventIdx bool
 	mask     uint16
 	mem      *Memory
@@ -64,7 +65,7 @@ func ringBytes(size int) int {
 	return 3*pageSize + descLen*size + 6 + 2*size + 6 + 8*size
 }
 
-// NewRing lays a ring out in m, without eventfds.
+// NewRing lays a split ring out in m, without eventfds.
 func NewRing(m *Memory, index, size int, eventIdx bool) (*Ring, error) {
 	if size < 2 || size > 1<<15 || size&(size-1) != 0 {
 		return nil, fmt.Errorf("ring of %d descriptors", size)
@@ -96,15 +97,19 @@ func NewRing(m *Memory, index, size int, eventIdx bool) (*Ring, error) {
 
 // Reset makes the ring as a driver that starts finds it: empty.
 func (r *Ring) Reset() {
-	clear(r.desc)
 	clear(r.chain)
-	for i := range r.Size {
-		r.RawAvail(i, 0)
+	if r.packed != nil {
+		r.resetPacked(place{0, 1})
+	} else {
+		clear(r.desc)
+		for i := range r.Size {
+			r.RawAvail(i, 0)
+		}
+		r.availWord.Store(0)
+		r.usedEvent.Store(0)
+		r.usedWord.Store(0)
+		r.availEvent.Store(0)
 	}
-	r.availWord.Store(0)
-	r.usedEvent.Store(0)
-	r.usedWord.Store(0)
-	r.availEvent.Store(0)
 	r.flags, r.idx, r.published, r.lastUsed = 0, 0, 0, 0
 	r.free = r.free[:0]
 	for i := r.Size - 1; i >= 0; i-- {
@@ -117,6 +122,10 @@ func (r *Ring) Reset() {
 func (r *Ring) StartAt(base uint16) {
 	r.Reset()
 	r.idx, r.published, r.lastUsed = base, base, base
+	if r.packed != nil {
+		r.resetPacked(r.placeOf(base))
+		return
+	}
 	r.availWord.Store(uint32(base) << 16)
 	r.usedWord.Store(uint32(base) << 16)
 	r.usedEvent.Store(uint32(base))
@@ -129,19 +138,46 @@ func (r *Ring) Addr() Addr {
 }
 
 // Free is how many descriptors are free.
-func (r *Ring) Free() int { return len(r.free) }
+func (r *Ring) Free() int {
+	if r.packed != nil {
+		return r.packed.room
+	}
+	return len(r.free)
+}
 
 // InFlight is how many descriptors the device has.
-func (r *Ring) InFlight() int { return r.Size - len(r.free) }
+func (r *Ring) InFlight() int { return r.Size - r.Free() }
 
 // AvailIdx is the index behind the last entry published.
 func (r *Ring) AvailIdx() uint16 { return r.published }
 
-// UsedIdx is the device's index in the used ring.
-func (r *Ring) UsedIdx() uint16 { return uint16(r.usedWord.Load() >> 16) }
+// UsedIdx is the device's index in the used ring. Of a packed ring it is how
+// many chains were used, which the owner of the ring alone may ask.
+func (r *Ring) UsedIdx() uint16 {
+	if r.packed != nil {
+		_, idx := r.usedEnd()
+		return idx
+	}
+	return uint16(r.usedWord.Load() >> 16)
+}
 
-// RawDesc writes a descriptor.
+// Base is what SetVringBase is told for a ring that goes on where its used
+// elements end, as QEMU knows it of split rings.
+func (r *Ring) Base() uint32 {
+	if r.packed != nil {
+		at, _ := r.usedEnd()
+		return at.value() | at.value()<<16
+	}
+	return uint32(r.UsedIdx())
+}
+
+// RawDesc writes a descriptor. Of a packed ring it is the i-th of the chain that
+// RawPost stages, at most one behind those written before; it has no next.
 func (r *Ring) RawDesc(i int, gpa uint64, n uint32, flags, next uint16) {
+	if p := r.packed; p != nil {
+		p.raw = append(p.raw[:min(i, len(p.raw))], rawDesc{gpa, n, flags})
+		return
+	}
 	putDesc(r.desc[i*descLen:], gpa, n, flags, next)
 }
 
@@ -160,6 +196,10 @@ func (r *Ring) Table(gpa uint64, bufs ...Buf) Buf {
 	t := r.mem.At(gpa, n)
 	for i, b := range bufs {
 		flags, next := b.flags(), uint16(0)
+		if r.packed != nil { // without links, and with flags in the other place
+			putDesc(t[i*descLen:], b.GPA, b.Len, 0, flags)
+			continue
+		}
 		if i < len(bufs)-1 {
 			flags, next = flags|DescNext, uint16(i+1)
 		}
@@ -201,12 +241,19 @@ func (r *Ring) RawUsed(slot int) (id, n uint32) {
 // RawPost stages a head, whatever it is. What comes back for it is taken by
 // RawReap.
 func (r *Ring) RawPost(head uint16) {
+	if r.packed != nil {
+		r.rawPostPacked(head)
+		return
+	}
 	r.RawAvail(int(r.idx), head)
 	r.idx++
 }
 
 // RawReap takes the next used element as it is.
 func (r *Ring) RawReap() (id, n uint32, ok bool) {
+	if r.packed != nil {
+		return r.rawReapPacked()
+	}
 	if r.UsedIdx() == r.lastUsed {
 		return 0, 0, false
 	}
@@ -217,8 +264,13 @@ func (r *Ring) RawReap() (id, n uint32, ok bool) {
 
 // Post makes a chain of the buffers and stages it. It returns the chain's head.
 func (r *Ring) Post(bufs ...Buf) (uint16, error) {
-	if len(bufs) == 0 || len(bufs) > len(r.free) {
+	if len(bufs) == 0 || len(bufs) > r.Free() {
 		return 0, ErrRingFull
+	}
+	if r.packed != nil {
+		id := r.takeID()
+		r.postPacked(id, bufs)
+		return id, nil
 	}
 	top := len(r.free) - len(bufs)
 	ids := r.free[top:]
@@ -239,15 +291,27 @@ func (r *Ring) Post(bufs ...Buf) (uint16, error) {
 
 // PostIndirect is Post with the chain in an indirect table at a guest address.
 func (r *Ring) PostIndirect(table uint64, bufs ...Buf) (uint16, error) {
-	if len(r.free) == 0 {
+	if r.Free() == 0 {
 		return 0, ErrRingFull
 	}
-	head := r.free[len(r.free)-1]
-	r.free = r.free[:len(r.free)-1]
+	head := r.takeID()
 	t := r.Table(table, bufs...)
+	if r.packed != nil {
+		r.putSlot(head, t.GPA, t.Len, DescIndirect)
+		r.chain[head] = 1
+		r.idx++
+		return head, nil
+	}
 	r.RawDesc(int(head), t.GPA, t.Len, DescIndirect, 0)
 	r.stage(head, 1)
 	return head, nil
+}
+
+// takeID takes a head, or a buffer id, from the free ones.
+func (r *Ring) takeID() uint16 {
+	id := r.free[len(r.free)-1]
+	r.free = r.free[:len(r.free)-1]
+	return id
 }
 
 func (r *Ring) stage(head uint16, n int) {
@@ -259,6 +323,9 @@ func (r *Ring) stage(head uint16, n int) {
 // Publish shows the device what was staged, and reports whether it wants a
 // kick for that.
 func (r *Ring) Publish() (kick bool) {
+	if r.packed != nil {
+		return r.publishPacked()
+	}
 	if r.published == r.idx {
 		return false
 	}
@@ -285,6 +352,9 @@ func (r *Ring) Flush() error {
 // Reap takes the next chain that the device has used and frees its
 // descriptors. n is the length that the device says it wrote.
 func (r *Ring) Reap() (head uint16, n uint32, ok bool, err error) {
+	if r.packed != nil {
+		return r.reapPacked()
+	}
 	idx := r.UsedIdx()
 	switch ready := idx - r.lastUsed; {
 	case ready == 0:
@@ -310,6 +380,14 @@ func (r *Ring) Reap() (head uint16, n uint32, ok bool, err error) {
 // Arm asks for an interrupt when the device uses the next chain, and reports
 // whether it has used one already.
 func (r *Ring) Arm() (more bool) {
+	if r.packed != nil {
+		if r.eventIdx {
+			r.setDriverEvent(eventDesc)
+		} else {
+			r.setDriverEvent(eventEnable)
+		}
+		return r.usedWaits()
+	}
 	if r.eventIdx {
 		r.usedEvent.Store(uint32(r.lastUsed))
 	} else {
@@ -319,9 +397,14 @@ func (r *Ring) Arm() (more bool) {
 	return r.UsedIdx() != r.lastUsed
 }
 
-// Disarm asks for no interrupts. With EVENT_IDX there is nothing to do: an
-// event that has passed asks for none until the index has gone round.
+// Disarm asks for no interrupts. With EVENT_IDX there is nothing to do on a
+// split ring: an event that has passed asks for none until the index has gone
+// round.
 func (r *Ring) Disarm() {
+	if r.packed != nil {
+		r.setDriverEvent(eventDisable)
+		return
+	}
 	if !r.eventIdx {
 		r.flags |= noInterrupt
 		r.availWord.Store(uint32(r.flags) | uint32(r.published)<<16)
@@ -355,7 +438,7 @@ const interruptGrace = 500 * time.Millisecond
 // missedInterrupt is what a wait that ended in err says: that is err, unless a
 // chain was used without the interrupt that was asked for.
 func (r *Ring) missedInterrupt(err error) error {
-	if r.UsedIdx() == r.lastUsed {
+	if !r.usedWaits() {
 		return err
 	}
 	if waitReadable(r.Call, time.Now().Add(interruptGrace)) != nil {

@@ -86,6 +86,7 @@ func mirroredGuest(t *testing.T, b *loopback, o Options) (*enginetest.NetNS, *Ta
 	b.rewrite = mirror
 	o.Path = startLoopback(t, b)
 	o.MAC = guestMAC
+	o.Packed = packedGuests
 	g, err := StartTapGuest(TapOptions{Options: o, NetNS: ns.Path})
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, g.Close()) })
@@ -94,7 +95,9 @@ func mirroredGuest(t *testing.T, b *loopback, o Options) (*enginetest.NetNS, *Ta
 	return ns, g
 }
 
-func TestTapGuest(t *testing.T) {
+func TestTapGuest(t *testing.T) { bothRings(t, testTapGuest) }
+
+func testTapGuest(t *testing.T) {
 	for _, o := range []Options{
 		{},
 		{QueuePairs: 2},
@@ -117,7 +120,9 @@ func TestTapGuest(t *testing.T) {
 	}
 }
 
-func TestTapGuestPauseAndReconnect(t *testing.T) {
+func TestTapGuestPauseAndReconnect(t *testing.T) { bothRings(t, testTapGuestPauseAndReconnect) }
+
+func testTapGuestPauseAndReconnect(t *testing.T) {
 	b := &loopback{}
 	ns, g := mirroredGuest(t, b, Options{})
 	transfer(t, ns, ns, "192.0.2.1:0", "192.0.2.2", 1<<20)

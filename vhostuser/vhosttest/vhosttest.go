@@ -27,7 +27,8 @@ type Options struct {
 	QueuePairs       int    // 0 means 1
 	Features         uint64 // virtio features to accept if offered; 0 means LinuxFeatures
 	ProtocolFeatures uint64 // the same for vhost-user; 0 means QEMUProtocol
-	RingSize         int    // descriptors per ring, a power of two from 2 on; 0 means 256
+	Packed           bool   // negotiate packed rings, and fail if they are not offered
+	RingSize         int    // descriptors per ring, a power of two from 2 on, or any number of a packed ring; 0 means 256
 	RxBufSize        int    // bytes of each rx buffer, header included; 0 means room for 64 KiB
 	TxBufSize        int    // bytes of each tx buffer, header included; 0 means room for 64 KiB
 	RxBuffers        int    // how many rx buffers are kept posted; 0 means as many as the ring takes
@@ -72,6 +73,9 @@ func (o *Options) defaults() {
 	}
 	if o.Features == 0 {
 		o.Features = LinuxFeatures
+	}
+	if o.Packed {
+		o.Features |= FeatRingPacked
 	}
 	if o.ProtocolFeatures == 0 {
 		o.ProtocolFeatures = QEMUProtocol
