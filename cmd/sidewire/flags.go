@@ -99,7 +99,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
 	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network (the pod network's is eth0)")
 	fs.StringVar(&o.resolvConf, "resolv-conf", "", "`FILE` with the pod's resolvers (default: the namespace's own, else /etc/resolv.conf)")
-	fs.BoolVar(&o.packed, "packed", false, "offer packed virtqueues (not built yet)")
+	fs.BoolVar(&o.packed, "packed", false, "offer packed virtqueues, on which no guest survives a crash of sidewire")
 	fs.BoolVar(&o.guestTSO, "guest-tso", true, "let guests receive TCP super-frames; off for guests that attach XDP")
 	fs.BoolVar(&o.compat, "dhcp-kubevirt-compat", false, "answer DHCP as KubeVirt's server does, faults included")
 	fs.BoolVar(&o.verbose, "v", false, "log what is of interest to developers")
@@ -114,8 +114,6 @@ func (o *options) check() error {
 		return badInput("--path %s: want auto, packet or socket", o.path)
 	case o.mode != "server" && o.mode != "client":
 		return badInput("--mode %s: want server or client", o.mode)
-	case o.packed:
-		return badInput("--packed: packed virtqueues are not supported yet; leave the flag away")
 	}
 	if _, err := o.pollMode(); err != nil {
 		return err

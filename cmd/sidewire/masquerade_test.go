@@ -58,6 +58,19 @@ func TestBigTransfers(t *testing.T) {
 	}
 }
 
+// So they do over packed virtqueues, of a size that is no power of two.
+func TestPackedRings(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "curl")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	p := startSidewire(t, w, spec("vm", 2), "--packed")
+	v := startVM(t, p, vhosttest.Options{QueuePairs: 2, Packed: true, RingSize: 300})
+	transfer(t, v, 64<<20)
+	assert.Contains(t, p.status().Interfaces[0].Device.Features, "RING_PACKED")
+	if t.Failed() {
+		t.Log(p.dump())
+	}
+}
+
 func transfer(t *testing.T, v *vm, size int64) {
 	t.Helper()
 	url := fmt.Sprintf("http://%s:%d/data", enginetest.OutsideIP, enginetest.HTTPPort)

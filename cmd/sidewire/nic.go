@@ -44,7 +44,7 @@ func (n *nic) mac() (m frame.MAC) {
 func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
 	n.device, err = vhostuser.NewDevice(vhostuser.Config{
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
-		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Snapshot: snapshot,
+		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
 		Barrier: s.engine.Barrier, Log: s.log.With("interface", n.name()), OnRARP: onRARP,
 	})
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/http"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,11 +32,17 @@ func qemuArgs(t *testing.T, w *enginetest.World, p *process, flags ...string) []
 // reached from there over both its queue pairs, and does so again after a
 // reboot, with the lease of before.
 func TestQEMUGuest(t *testing.T) {
+	for name, flags := range map[string][]string{"split": nil, "packed": {"--packed"}} {
+		t.Run(name, func(t *testing.T) { testQEMUGuest(t, flags) })
+	}
+}
+
+func testQEMUGuest(t *testing.T, flags []string) {
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "kernel")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1450})
-	p := startSidewire(t, w, spec("vm", 2, "tcp:80"))
+	p := startSidewire(t, w, spec("vm", 2, "tcp:80"), flags...)
 	g := enginetest.Guest(t, t.TempDir(), enginetest.GuestOptions{
-		Args: qemuArgs(t, w, p), Memory: -1, CPUs: -1, Machine: "q35",
+		Args: qemuArgs(t, w, p, flags...), Memory: -1, CPUs: -1, Machine: "q35",
 	})
 	for boot := range 2 {
 		if boot > 0 {
@@ -67,6 +74,7 @@ func TestQEMUGuest(t *testing.T) {
 		require.NoError(t, c.Close())
 	}
 	st := p.status().Interfaces[0]
+	assert.Equal(t, len(flags) > 0, slices.Contains(st.Device.Features, "RING_PACKED"))
 	assert.Len(t, st.Leases, 1)
 	for i, pair := range st.Device.Pairs {
 		assert.NotZero(t, pair.TxFrames, "pair %d", i)

@@ -47,6 +47,7 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 		Version:   version,
 		KVM:       o.kvm,
 		Client:    o.mode == "client",
+		Packed:    o.packed,
 	})
 	if err != nil {
 		return inputError{err}
