@@ -109,6 +109,11 @@ func run(ctx context.Context, o options) error {
 	if p.sidewire, err = buildSidewire(ctx, dir); err != nil {
 		return err
 	}
+	leave, err := alone(ctx)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	defer reserveHugepages()()
 	defer preferSelf()()
 	return measureAll(ctx, o, trials)

@@ -89,11 +89,11 @@ func openOVS(ctx context.Context, c cell, dir string) (b backend, err error) {
 
 // memory are DPDK's flags.
 func (o *ovsSwitch) memory() string {
-	s := "--no-pci --no-telemetry --in-memory --single-file-segments"
-	if !hugepages() {
-		s += " --no-huge"
+	const s = "--no-pci --no-telemetry --single-file-segments"
+	if hugepages() {
+		return s + " --in-memory"
 	}
-	return s
+	return s + " --no-huge --no-shconf"
 }
 
 func (o *ovsSwitch) addPorts(ctx context.Context, c cell) error {

@@ -40,9 +40,11 @@ func startTestpmd(ctx context.Context, cpu int, name string, c cell, vdevs, more
 	// Standard output is a pipe, which the C library would fill before it lets
 	// anything through.
 	argv := []string{"stdbuf", "-oL", prog,
-		"--lcores", fmt.Sprintf("0@%d,1@%d", cpu, cpu), "--no-pci", "--no-telemetry", "--in-memory", "--single-file-segments"}
-	if !hugepages() {
-		argv = append(argv, "--no-huge", "-m", "1024")
+		"--lcores", fmt.Sprintf("0@%d,1@%d", cpu, cpu), "--no-pci", "--no-telemetry", "--single-file-segments"}
+	if hugepages() {
+		argv = append(argv, "--in-memory")
+	} else {
+		argv = append(argv, "--no-huge", "-m", "1024", "--no-shconf")
 	}
 	for _, v := range vdevs {
 		argv = append(argv, "--vdev="+v)
