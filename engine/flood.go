@@ -125,13 +125,12 @@ func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.F
 			add(&c.drops[frame.OversizeFrame], 1)
 			continue
 		}
-		if m.steer != nil {
-			f.Queue = m.steer.queue(flowHash(f))
-		}
 		if r := m.retag(f, w.vlan[i], nil); r != frame.ReasonNone {
 			add(&c.drops[r], 1)
-			w.kept[i].restore(f)
 			continue
+		}
+		if m.steer != nil {
+			f.Queue = m.steer.queue(flowHash(f))
 		}
 		w.list[n] = f
 		n++

@@ -99,6 +99,11 @@ func TestFloodRestores(t *testing.T) {
 		in = append(in, enginetest.Packet{Bytes: data, Offload: off, Queue: 3})
 	}
 	b.decide(0, in...)
+	b.batch.Frame(0).RxAt, b.batch.Frame(0).RxBufs = 3, 2
+	b.ports[1].Refuse = func(f *frame.Frame) frame.DropReason {
+		assert.Zero(t, f.RxBufs, "it is not for one alone")
+		return frame.ReasonNone
+	}
 	b.deliver(0)
 	for _, p := range []int{1, 2} {
 		got := b.ports[p].Take()

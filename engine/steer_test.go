@@ -47,6 +47,7 @@ func TestSwitchSteers(t *testing.T) {
 			b := newBed(t, SwitchConfig{})
 			b.port(SwitchPort{Queues: 4})
 			b.port(SwitchPort{})
+			b.port(SwitchPort{}) // so that what is for many is flooded
 			one := func(in int, data []byte, queue uint16) enginetest.Packet {
 				b.batch.Reset(0)
 				setSnapshot(b.batch, data, snapshot, b.ids[in]).Queue = queue
@@ -66,6 +67,32 @@ func TestSwitchSteers(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestFlowHash: what makes a flow, and what does not.
+func TestFlowHash(t *testing.T) {
+	var bt frame.Batch
+	hash := func(data []byte) uint32 {
+		enginetest.Fill(&bt, data)
+		return flowHash(bt.Frame(0))
+	}
+	udp := func(ip enginetest.IP, src, dst uint16) []byte {
+		return enginetest.UDPFrame(enginetest.Eth{Dst: mac(1), Src: mac(2)}, ip, enginetest.UDP{Src: src, Dst: dst}, nil)
+	}
+	there, back := enginetest.IP{Src: ip4A, Dst: ip4B}, enginetest.IP{Src: ip4B, Dst: ip4A}
+	frag := enginetest.IP{Src: ip4A, Dst: ip4B, Frag: frame.MoreFragments}
+	noFrag := enginetest.IP{Src: ip4A, Dst: ip4B, Frag: frame.DontFragment}
+	assert.Equal(t, hash(udp(there, 1, 2)), hash(udp(back, 2, 1)))
+	assert.Equal(t, hash(udp(there, 1, 2)), hash(udp(noFrag, 1, 2)))
+	assert.NotEqual(t, hash(udp(there, 1, 2)), hash(udp(there, 1, 4)), "another port")
+	assert.Equal(t, hash(udp(frag, 1, 2)), hash(udp(frag, 77, 88)), "the other fragments have no ports")
+	assert.Equal(t, hash(udp(there, 1, 2)), hash(tag(udp(there, 1, 2), typeVLAN, 5)), "a tag does not matter")
+	assert.Equal(t, hash(eth(mac(1), mac(2), 0)), hash(eth(mac(2), mac(1), 0)))
+	assert.NotEqual(t, hash(eth(mac(1), mac(2), 0)), hash(eth(mac(1), mac(3), 0)))
+	for n := frame.EthernetLen; n < 46; n++ {
+		hash(udp(there, 1, 2)[:n]) // whatever is missing
+		hash(tag(udp(there, 1, 2), typeVLAN, 5)[:n])
 	}
 }
 

@@ -211,3 +211,30 @@ func TestSwitchRemovesPort(t *testing.T) {
 	b.send(1, eth(mac(0), mac(1), 0))
 	assert.Equal(t, []int{0, 0, 0}, b.receivers(), "no member any more")
 }
+
+// TestSwitchBurst: frames whose addresses differ in one thing from those of
+// the frame before are judged by themselves.
+func TestSwitchBurst(t *testing.T) {
+	b := newBed(t, SwitchConfig{})
+	b.port(SwitchPort{MAC: mac(1), SpoofCheck: true})
+	b.plainPorts(2)
+	b.send(1, eth(frame.Broadcast, mac(11), 0), eth(frame.Broadcast, mac(11), 7))
+	b.send(2, eth(frame.Broadcast, mac(12), 0))
+	b.receivers()
+	good := eth(mac(11), mac(1), 0)
+	b.send(0, good, good, eth(mac(11), mac(2), 0), good, eth(mac(12), mac(1), 0), good, good[:13], good,
+		eth(mac(11), mac(1), 7), eth(mac(11), mac(1), 8), good)
+	assert.Equal(t, []int{0, 8, 2}, b.receivers())
+	assert.Equal(t, frame.Spoofed, b.reason(2))
+	assert.Equal(t, frame.ShortFrame, b.reason(6))
+
+	// Each of many sources is learned, though all talk to one.
+	var many [][]byte
+	for i := range 20 {
+		many = append(many, eth(mac(11), mac(100+i), 0))
+	}
+	b.send(2, many...)
+	for i := range 20 {
+		assert.Equal(t, b.ids[2], b.sw.fdb.table.Load().lookup(macKey(mac(100+i), 0)).port())
+	}
+}

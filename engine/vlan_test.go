@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"encoding/binary"
 	"net/netip"
 	"testing"
@@ -165,7 +166,7 @@ func TestSwitchTagOffload(t *testing.T) {
 			}
 			data := enginetest.TCPFrame(enginetest.Eth{Dst: dst, Src: mac(1)},
 				enginetest.IP{Src: netip.MustParseAddr("10.0.0.1"), Dst: netip.MustParseAddr("10.0.0.2")},
-				enginetest.TCP{Src: 1, Dst: 2}, make([]byte, size))
+				enginetest.TCP{Src: 1, Dst: 2}, bytes.Repeat([]byte("payload"), size/7+1))
 			off := frame.Offload{Flags: frame.NeedsCsum, CsumStart: 34, CsumOffset: 16, HdrLen: 54, GSO: frame.GSOTCPv4, GSOSize: 1000}
 			b.decide(0, enginetest.Packet{Bytes: data, Offload: off})
 			b.deliver(0)
