@@ -1,10 +1,13 @@
-// Package engine moves batches of frames between ports: Worker, Port, Stage.
+// Package engine moves batches of frames between ports: Worker, Port, Stage,
+// the switch and its FDB.
 //
 // An [Engine] owns its workers and the layout: which ports exist, which stages
 // decide on what they bring, which worker serves which queue. The layout is an
 // immutable value behind one atomic pointer; a [Worker] loads it once per turn.
 // Each worker owns its batch, its counters and its epoll set, and shares
-// nothing with the others but the ports that it pushes to.
+// nothing with the others but the ports that it pushes to. A [Switch] is a stage
+// for each of its ports, and a port of its own for what goes to many; workers
+// share its FDB.
 package engine
 
 import (
