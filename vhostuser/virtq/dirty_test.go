@@ -48,19 +48,27 @@ func (d *driver) checkMarks(t *testing.T, l *guestmem.Log, seed maphash.Seed, be
 
 // Every page that the device writes is marked, also those of long chains, of
 // chains across regions and of chains that went back unused (invariant 11).
-func TestEveryWrittenPageIsMarked(t *testing.T) {
+func TestEveryWrittenPageIsMarked(t *testing.T) { both(t, testEveryWrittenPageIsMarked) }
+
+func testEveryWrittenPageIsMarked(t *testing.T, packed bool) {
 	for _, event := range []bool{false, true} {
-		d, q := newQueue(t, Config{Size: 1024, EventIdx: event, Indirect: true, Base: 1000})
-		for i := range 1024 {
-			d.desc(i, desc{bufFar + 8*uint64(i), 8, wr | nx, uint16(i + 1)})
+		d, q := newQueue(t, layout(packed, Config{Size: 1024, EventIdx: event, Indirect: true, Base: 1000}))
+		long := 1024
+		if packed {
+			long /= 2 // two of them fit
 		}
-		d.desc(1023, desc{bufFar + 8*1023, 8, wr, 0})
+		part := bufSize / long
+		for i := range long {
+			d.desc(i, desc{bufFar + uint64(part*i), uint32(part), wr | nx, uint16(i + 1)})
+		}
+		d.desc(long-1, desc{bufFar + bufSize - uint64(part), uint32(part), wr, 0})
 		l := guestmem.HeapLog(bufFar / page / 8 * 2)
 		q.SetLog(l, 0)
 		seed := maphash.MakeSeed()
 		var before map[uint64]uint64
 		// offer is the driver's part of a step, whose writes are not ours.
 		offer := func(heads ...uint16) {
+			d.take()
 			d.offer(heads...)
 			before = d.hashes(seed)
 		}
@@ -100,7 +108,7 @@ func TestEveryWrittenPageIsMarked(t *testing.T) {
 				q.Publish()
 			},
 			func() { // across regions, by an indirect table
-				d.descAt(bufA, desc{bufB - 10, 30, wr, 0})
+				d.entry(bufA, desc{bufB - 10, 30, wr, 0})
 				d.desc(7, desc{bufA, 16, in, 0})
 				offer(7)
 				c, st := q.Pop(Writable, room())
@@ -140,8 +148,10 @@ func clearLog(q *Queue, d *driver, l **guestmem.Log) {
 }
 
 // Only what was written is marked, so that a migration converges.
-func TestOnlyWrittenPagesAreMarked(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 4})
+func TestOnlyWrittenPagesAreMarked(t *testing.T) { both(t, testOnlyWrittenPagesAreMarked) }
+
+func testOnlyWrittenPagesAreMarked(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 4}))
 	l := guestmem.HeapLog(bufFar / page / 8 * 2)
 	q.SetLog(l, 0)
 	d.desc(0, desc{bufFar, bufSize, wr, 0})
@@ -179,24 +189,29 @@ func TestUsedRingLogAddress(t *testing.T) {
 }
 
 // H037: the log address is all ones, or past the log.
-func TestHostileLogAddress(t *testing.T) {
+func TestHostileLogAddress(t *testing.T) { both(t, testHostileLogAddress) }
+
+func testHostileLogAddress(t *testing.T, packed bool) {
 	for _, at := range []uint64{math.MaxUint64, math.MaxUint64 - 3, 1 << 40} {
-		d, q := newQueue(t, Config{Size: 4, EventIdx: true})
+		d, q := newQueue(t, layout(packed, Config{Size: 4, EventIdx: true}))
 		l := guestmem.HeapLog(8)
 		q.SetLog(l, at)
 		d.desc(0, desc{bufA, 1, rd, 0})
 		give(d, q, 3)
 		q.EnableNotify()
 		for p := range uint64(64) {
-			assert.False(t, l.Dirty(p*page))
+			// A packed ring's descriptors have no log address.
+			assert.Equal(t, packed && p*page == ringGPA, l.Dirty(p*page))
 		}
 		assert.NotZero(t, l.Missed())
 	}
 }
 
 // A bad chain leaves nothing behind in the list of what to mark.
-func TestBadChainIsNotLent(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 4})
+func TestBadChainIsNotLent(t *testing.T) { both(t, testBadChainIsNotLent) }
+
+func testBadChainIsNotLent(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 4}))
 	q.SetLog(guestmem.HeapLog(8), 0)
 	d.chain(0, desc{bufA, 1, wr, 0}, desc{0x1000, 1, wr, 0})
 	for range 10 {
@@ -204,6 +219,8 @@ func TestBadChainIsNotLent(t *testing.T) {
 		c, st := q.Pop(Writable, room())
 		require.Equal(t, Bad, st)
 		q.Put(c.Head, 0)
+		q.Publish()
+		d.take()
 		assert.Empty(t, q.lent)
 	}
 	d.chain(0, desc{bufA, 1, wr, 0}, desc{bufA, 1, wr, 0})

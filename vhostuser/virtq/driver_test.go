@@ -51,6 +51,14 @@ func layout(packed bool, c Config) Config {
 	return c
 }
 
+// index is what Base returns at the index of an entry.
+func index(packed bool, i, size uint16) uint16 {
+	if packed {
+		return place(i, size)
+	}
+	return i
+}
+
 // place turns the index of an entry into a place in a packed ring.
 func place(i, size uint16) uint16 { return i%size | (1^i/size&1)<<15 }
 
@@ -137,6 +145,15 @@ func (d *driver) descAt(gpa uint64, v desc) {
 	for i, x := range b {
 		d.at(gpa+uint64(i), 1)[0] = x
 	}
+}
+
+// entry writes an entry of an indirect table, which in packed rings has the
+// flags in another place and no next.
+func (d *driver) entry(gpa uint64, v desc) {
+	if d.packed != nil {
+		v.flags, v.next = 0, v.flags
+	}
+	d.descAt(gpa, v)
 }
 
 // chain writes a chain into descriptors first, first+1, ...

@@ -1,6 +1,7 @@
 package virtq
 
 import (
+	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
 	"testing"
@@ -11,37 +12,14 @@ import (
 // reference follows a chain as plainly as the specification tells it: first
 // all descriptors, then every rule, byte by byte. It returns false for a chain
 // that breaks one.
-func (d *driver) reference(head uint16, dir Direction) ([]span, bool) {
-	limit := min(int(d.cfg.Size), 1024)
-	var list []desc
-	i, table, entries, nested := head, d.cfg.Desc, uint32(d.cfg.Size), false
-	for {
-		if uint32(i) >= entries {
-			return nil, false
-		}
-		v, ok := d.readDesc(table + 16*uint64(i))
-		if !ok {
-			return nil, false
-		}
-		if v.flags&4 != 0 {
-			if nested || !d.cfg.Indirect || v.flags&1 != 0 || v.len == 0 || v.len%16 != 0 || v.len/16 > uint32(limit) {
-				return nil, false
-			}
-			for off := range uint64(v.len) {
-				if !d.mapped(v.addr + off) {
-					return nil, false
-				}
-			}
-			i, table, entries, nested = 0, v.addr, v.len/16, true
-			continue
-		}
-		if list = append(list, v); len(list) > limit {
-			return nil, false
-		}
-		if v.flags&1 == 0 {
-			break
-		}
-		i = v.next
+func (d *driver) reference(c offered, dir Direction) ([]span, bool) {
+	follow := d.followSplit
+	if d.packed != nil {
+		follow = d.followPacked
+	}
+	list, ok := follow(c)
+	if !ok || len(list) > min(int(d.cfg.Size), 1024) {
+		return nil, false
 	}
 
 	var got []span
@@ -70,6 +48,67 @@ func (d *driver) reference(head uint16, dir Direction) ([]span, bool) {
 		}
 	}
 	return got, len(got) <= 1024
+}
+
+// tableFits says whether an indirect table is one, and lies in memory.
+func (d *driver) tableFits(v desc) bool {
+	if !d.cfg.Indirect || v.flags&1 != 0 || v.len == 0 || v.len%16 != 0 || v.len/16 > min(uint32(d.cfg.Size), 1024) {
+		return false
+	}
+	for off := range uint64(v.len) {
+		if !d.mapped(v.addr + off) {
+			return false
+		}
+	}
+	return true
+}
+
+// followPacked lists the descriptors of a chain in a packed ring, whose tables
+// are gone through from front to back.
+func (d *driver) followPacked(c offered) (list []desc, ok bool) {
+	for _, v := range c.list {
+		if v.flags&4 == 0 {
+			list = append(list, v)
+			continue
+		}
+		if !d.tableFits(v) {
+			return nil, false
+		}
+		for i := range uint64(v.len / 16) {
+			e, _ := d.readDesc(v.addr + 16*i)
+			list = append(list, desc{e.addr, e.len, e.next & 2, 0})
+		}
+	}
+	return list, c.head < d.cfg.Size
+}
+
+// followSplit lists the descriptors of a chain in a split ring.
+func (d *driver) followSplit(c offered) (list []desc, ok bool) {
+	limit, head := min(int(d.cfg.Size), 1024), c.head
+	i, table, entries, nested := head, d.cfg.Desc, uint32(d.cfg.Size), false
+	for {
+		if uint32(i) >= entries {
+			return nil, false
+		}
+		v, ok := d.readDesc(table + 16*uint64(i))
+		if !ok {
+			return nil, false
+		}
+		if v.flags&4 != 0 {
+			if nested || !d.tableFits(v) {
+				return nil, false
+			}
+			i, table, entries, nested = 0, v.addr, v.len/16, true
+			continue
+		}
+		if list = append(list, v); len(list) > limit {
+			return nil, false
+		}
+		if v.flags&1 == 0 {
+			return list, true
+		}
+		i = v.next
+	}
 }
 
 // mapped and starts look at the regions one by one: is this byte in one, is it
@@ -153,26 +192,53 @@ func (s *script) desc(size uint16) desc {
 	return v
 }
 
-// out is a chain that was popped and not put yet.
-type out struct {
+// offered is a chain that the driver made available. list is what it has in a
+// packed ring; a split ring's is looked at when it is popped.
+type offered struct {
 	head uint16
-	dir  Direction
+	list []desc
+}
+
+// offerable says whether a chain with this head can be offered now, and
+// stages it.
+func (d *driver) offerable(s *script, head uint16, inFlight int) (c offered, ok bool) {
+	c.head = head
+	if d.packed == nil {
+		if ok = inFlight < int(d.cfg.Size); ok {
+			d.stage(head)
+		}
+		return c, ok
+	}
+	if d.packed.free == 0 {
+		return c, false
+	}
+	c.list = d.follow(head)
+	// Only an end makes it a chain that can be followed.
+	c.list[len(c.list)-1].flags &^= flagNext
+	if s.byte() == 0x55 {
+		c.head += d.cfg.Size // a bad id
+	}
+	d.stagePacked(c.head, c.list...)
+	return c, true
 }
 
 // play runs a script of a guest's and the device's doings and compares every
 // Pop with the reference.
-func play(t testing.TB, data []byte) {
+func play(t testing.TB, data []byte, packed bool) {
 	s := script(data)
 	k := s.byte()
 	size := [...]uint16{1, 2, 16, 256}[k&3]
-	c := Config{Size: size, EventIdx: k&4 != 0, Indirect: k&8 != 0, Base: []uint16{0, 65530, 65535, 7}[k>>4&3]}
+	if packed && k&0x80 != 0 {
+		size = [...]uint16{3, 5, 15, 250}[k&3]
+	}
+	c := layout(packed, Config{Size: size, EventIdx: k&4 != 0, Indirect: k&8 != 0, Base: []uint16{0, 65530, 65535, 7}[k>>4&3]})
 	d, q := newQueue(t, c)
 	if k&0x40 != 0 {
 		q.SetLog(guestmem.HeapLog(64), 0)
 	}
 	var (
-		waiting []uint16 // heads offered and not popped
-		lent    []out
+		waiting []offered // and not popped
+		lent    []offered // popped and not put
 		want    []elem
 		segs    = room()
 	)
@@ -186,14 +252,12 @@ func play(t testing.TB, data []byte) {
 				gpa = bufB - uint64(s.byte()%64)
 			}
 			for i := range 1 + int(s.byte()%4) {
-				d.descAt(gpa+16*uint64(i), s.desc(size))
+				d.entry(gpa+16*uint64(i), s.desc(size))
 			}
 		case 3, 4: // offer chains
 			for range 1 + int(s.byte()%4) {
-				if len(waiting)+len(lent)+len(want) < int(size) {
-					h := s.u16() % size
-					waiting = append(waiting, h)
-					d.stage(h)
+				if c, ok := d.offerable(&s, s.u16()%size, len(waiting)+len(lent)+len(want)); ok {
+					waiting = append(waiting, c)
 				}
 			}
 			d.storeAvail()
@@ -225,11 +289,11 @@ func play(t testing.TB, data []byte) {
 					t.Fatalf("%v on an empty ring", st)
 				}
 				continue
-			case wantOK != (st == OK) || st != OK && st != Bad || got.Head != waiting[0]:
-				t.Fatalf("%v (%v), head %d; want ok %v, head %d", st, q.LastCause(), got.Head, wantOK, waiting[0])
+			case wantOK != (st == OK) || st != OK && st != Bad || got.Head != waiting[0].head:
+				t.Fatalf("%v (%v), head %d; want ok %v, head %d", st, q.LastCause(), got.Head, wantOK, waiting[0].head)
 			}
+			lent = append(lent, waiting[0])
 			waiting = waiting[1:]
-			lent = append(lent, out{got.Head, dir})
 			if st == Bad {
 				if len(got.Segs) != 0 {
 					t.Fatal("slices of a bad chain")
@@ -274,7 +338,7 @@ func play(t testing.TB, data []byte) {
 			for range n {
 				last := lent[len(lent)-1]
 				lent = lent[:len(lent)-1]
-				waiting = append([]uint16{last.head}, waiting...)
+				waiting = append([]offered{last}, waiting...)
 			}
 		}
 	}
@@ -304,12 +368,19 @@ func hostileEnd(t testing.TB, d *driver, q *Queue, s *script) {
 		return
 	}
 	size := uint64(d.cfg.Size)
-	ring := d.at(d.cfg.Avail+4, 2*size)
-	for i := range ring {
-		ring[i] = s.byte()
+	if d.packed != nil {
+		ring := d.at(d.cfg.Desc, 16*size)
+		for i := range ring {
+			ring[i] = s.byte()
+		}
+	} else {
+		ring := d.at(d.cfg.Avail+4, 2*size)
+		for i := range ring {
+			ring[i] = s.byte()
+		}
+		d.availIx = s.u16()
+		d.storeAvail()
 	}
-	d.availIx = s.u16()
-	d.storeAvail()
 	for n := 0; ; n++ {
 		c, st := q.Pop(Readable, make([][]byte, 0, MaxSegs))
 		if st == Empty || st == Broken {
@@ -318,7 +389,7 @@ func hostileEnd(t testing.TB, d *driver, q *Queue, s *script) {
 		if n > int(size) {
 			t.Fatal("more chains than the ring holds")
 		}
-		if c.Head >= d.cfg.Size {
+		if c.Head >= d.cfg.Size && (d.packed == nil || st == OK) {
 			t.Fatal("head outside the ring")
 		}
 		d.spans(t, c.Segs)
@@ -336,12 +407,30 @@ func TestModel(t *testing.T) {
 		for i := range data {
 			data[i] = byte(rng.Uint32())
 		}
-		play(t, data)
+		play(t, data, false)
+		play(t, data, true)
 	}
 }
 
-// FuzzPop plays a script; the seeds are the hostile cases.
+// FuzzPop plays a script on split rings, FuzzPopPacked on packed ones.
 func FuzzPop(f *testing.F) {
+	addSeeds(f)
+	f.Fuzz(func(t *testing.T, data []byte) { play(t, data, false) })
+}
+
+func FuzzPopPacked(f *testing.F) {
+	addSeeds(f)
+	ones := bytes.Repeat([]byte{0xff}, 100)
+	f.Add(append([]byte{2}, bytes.Repeat([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0x81, 0}, 20)...))       // H068 a ring of NEXT
+	f.Add(append([]byte{2}, bytes.Repeat([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x77, 0, 0x80, 0}, 20)...))    // H068 ids outside
+	f.Add(append([]byte{2}, bytes.Repeat([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0x80, 0x80, 5}, 20)...)) // H068 wrap flips
+	f.Add([]byte{2, 0, 3, 0, 0, 0, 5, 0, 3, 0, 3, 0, 0x55, 5, 0, 8, 1, 0, 0, 9})                                   // H068 id is 3 + 16
+	f.Add(append([]byte{0x80 | 2 | 8}, ones...))
+	f.Fuzz(func(t *testing.T, data []byte) { play(t, data, true) })
+}
+
+// addSeeds adds the hostile cases.
+func addSeeds(f *testing.F) {
 	const (
 		size16 = 2 | 8 // with indirect descriptors
 		pop    = 5
@@ -379,5 +468,4 @@ func FuzzPop(f *testing.F) {
 	f.Add([]byte{2, 0, 3, 0, 0, near(0, 0), 5, 0, 3, 3, 3, 0, 3, 0, 3, 0, 3, 0, pop, 0, pop, 0, 11, 2, pop, 0}) // H060
 	f.Add([]byte{2 | 0x20, 3, 0, 3, 0, 10, 9})                                                                  // H066
 	f.Add([]byte{0, 3, 0, 0, 0, pop, 0, 255, 255, 255, 255})                                                    // H049, H050
-	f.Fuzz(func(t *testing.T, data []byte) { play(t, data) })
 }

@@ -72,10 +72,10 @@ func testNeedsNotifyByEvent(t *testing.T, packed bool) {
 		{"ends at the wrap", 65534, 2, 65535, true},
 		{"ends at the wrap, next", 65534, 2, 0, false},
 	} {
+		if packed && c.event-c.base > 8 && c.base-c.event > 8 {
+			continue // a packed ring has no places so far off
+		}
 		t.Run(c.name, func(t *testing.T) {
-			if packed && c.event-c.base > 8 && c.base-c.event > 8 {
-				t.Skip("a packed ring has no places so far off")
-			}
 			d, q := newQueue(t, layout(packed, Config{Size: 8, EventIdx: true, Base: c.base - 1}))
 			d.desc(0, desc{bufA, 1, rd, 0})
 			d.setUsedEvent(c.base + 1000)

@@ -9,6 +9,7 @@ import (
 // it is staged.
 type packedDriver struct {
 	table []desc
+	ring  []slot
 	next  cursor // of the next descriptor to make available
 	used  cursor // of the next used element
 	free  int    // descriptors
@@ -21,7 +22,7 @@ type packedDriver struct {
 func newPackedDriver(c Config) *packedDriver {
 	at := cursorOf(c.Base)
 	return &packedDriver{
-		table: make([]desc, 1<<16), next: at, used: at, free: int(c.Size),
+		table: make([]desc, c.Size), next: at, used: at, free: int(c.Size),
 		firstAt: -1, chains: map[uint16][]int{},
 	}
 }
@@ -42,21 +43,30 @@ func (d *driver) eraseRing() {
 // follow returns the chain that begins with an entry of the table, cut off
 // where the free part of the ring ends.
 func (d *driver) follow(head uint16) (list []desc) {
-	for p := d.packed; ; head = p.table[head].next {
-		list = append(list, p.table[head])
-		if list[len(list)-1].flags&flagNext == 0 || len(list) >= p.free {
+	p := d.packed
+	for {
+		var v desc // nothing, behind the table
+		if int(head) < len(p.table) {
+			v = p.table[head]
+		}
+		list = append(list, v)
+		if v.flags&flagNext == 0 || len(list) >= p.free {
 			return list
 		}
+		head = v.next
 	}
 }
 
 // slot is the descriptor at a place of the ring.
 func (d *driver) slot(at int) *slot {
-	s, err := slotsAt(d.mem, d.cfg.Desc, int(d.cfg.Size))
-	if err != nil {
-		panic(err)
+	if d.packed.ring == nil {
+		s, err := slotsAt(d.mem, d.cfg.Desc, int(d.cfg.Size))
+		if err != nil {
+			panic(err)
+		}
+		d.packed.ring = s
 	}
-	return &s[at]
+	return &d.packed.ring[at]
 }
 
 // stagePacked writes a chain into the ring without showing it.
@@ -100,8 +110,8 @@ func (d *driver) takePacked() (got []elem) {
 		if len(lens) == 0 {
 			panic("driver: the device returned what it had not")
 		}
-		if word>>16&flagWrite == 0 && e.len != 0 {
-			panic("driver: a length without the flag that makes it count")
+		if word>>16&flagWrite == 0 {
+			e.len = 0
 		}
 		p.chains[uint16(e.id)] = lens[1:]
 		p.free += lens[0]

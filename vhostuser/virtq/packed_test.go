@@ -317,3 +317,39 @@ func TestEnableNotifyPacked(t *testing.T) {
 		assert.NotEqual(t, uint32(77), d.deviceEvent(), "our word is never read back")
 	}
 }
+
+func TestPackedHotPathDoesNotAllocate(t *testing.T) {
+	for _, event := range []bool{false, true} {
+		d, q := newQueue(t, Config{Size: 63, Packed: true, EventIdx: event, Indirect: true, Base: 1 << 15})
+		d.entry(bufB-8, desc{bufA, 12, rd, 0})
+		at := d.packed.next
+		list := []desc{{bufA, 64, rd, 0}, {bufA, 12, rd | nx, 0}, {bufB - 1, 2, rd, 0}, {bufB - 8, 16, in, 0}, {bufA, 12, wr, 0}}
+		segs, run := room(), make([]Buf, 4)
+		popped := 0
+		allocs := testing.AllocsPerRun(1000, func() {
+			for _, v := range list {
+				*d.slot(at.at) = slot{v.addr, v.len, uint32(v.flags|at.availFlags()) << 16}
+				at = at.forward(1, 63)
+			}
+			n := q.PopRun(Readable, run)
+			q.PutRun(run[:n])
+			popped += n
+			for {
+				c, st := q.Pop(Readable, segs)
+				if st == Empty {
+					break
+				}
+				q.Rewind(1)
+				c, _ = q.Pop(Readable, segs)
+				q.Put(c.Head, 0)
+				popped++
+			}
+			q.Publish()
+			q.NeedsNotify()
+			q.EnableNotify()
+			q.DisableNotify()
+		})
+		assert.Zero(t, allocs)
+		assert.Equal(t, 4*1001, popped)
+	}
+}

@@ -95,10 +95,12 @@ func TestAvailRingAligned2(t *testing.T) {
 }
 
 // H066: all indices pass 65535 -> 0, with batches of every length.
-func TestIndicesWrap(t *testing.T) {
+func TestIndicesWrap(t *testing.T) { both(t, testIndicesWrap) }
+
+func testIndicesWrap(t *testing.T, packed bool) {
 	for _, size := range []uint16{1, 2, 256, 32768} {
 		for _, event := range []bool{false, true} {
-			d, q := newQueue(t, Config{Size: size, Base: 65500, EventIdx: event})
+			d, q := newQueue(t, layout(packed, Config{Size: size, Base: 65500, EventIdx: event}))
 			for i := range int(size) {
 				d.desc(i, desc{bufA + uint64(i%bufSize), 1, rd, 0})
 			}
@@ -131,7 +133,10 @@ func TestIndicesWrap(t *testing.T) {
 				require.True(t, q.NeedsNotify())
 				require.False(t, q.NeedsNotify())
 				require.False(t, q.EnableNotify())
-				if event {
+				switch {
+				case event && packed:
+					require.Equal(t, eventDesc|uint32(d.packed.next.value()), d.deviceEvent())
+				case event:
 					require.Equal(t, d.availIx, d.availEvent())
 				}
 				require.Equal(t, want, d.take())
@@ -142,8 +147,10 @@ func TestIndicesWrap(t *testing.T) {
 	}
 }
 
-func TestPublishShowsTheBatchAtOnce(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 8})
+func TestPublishShowsTheBatchAtOnce(t *testing.T) { both(t, testPublishShowsTheBatchAtOnce) }
+
+func testPublishShowsTheBatchAtOnce(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 8}))
 	for i := range 4 {
 		d.desc(i, desc{bufA, 1, rd, 0})
 	}
@@ -182,8 +189,10 @@ func TestUsedRingIsNeverRead(t *testing.T) {
 	}
 }
 
-func TestSetMemory(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 4})
+func TestSetMemory(t *testing.T) { both(t, testSetMemory) }
+
+func testSetMemory(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 4}))
 	d.desc(0, desc{bufA, 1, rd, 0})
 	d.offer(0, 0)
 	_, st := q.Pop(Readable, room())
@@ -204,7 +213,7 @@ func TestSetMemory(t *testing.T) {
 	_, st = q.Pop(Readable, room())
 	assert.Equal(t, Bad, st)
 	assert.Equal(t, CauseUnmapped, q.LastCause())
-	assert.Equal(t, uint16(2), q.Base())
+	assert.Equal(t, index(packed, 2, 4), q.Base())
 }
 
 func TestHotPathDoesNotAllocate(t *testing.T) {
@@ -212,7 +221,7 @@ func TestHotPathDoesNotAllocate(t *testing.T) {
 		d, q := newQueue(t, Config{Size: 64, EventIdx: event, Indirect: true})
 		d.desc(0, desc{bufA, 64, rd, 0})
 		d.chain(1, desc{bufA, 12, rd, 0}, desc{bufB - 1, 2, rd, 0})
-		d.descAt(bufB-8, desc{bufA, 12, rd, 0})
+		d.entry(bufB-8, desc{bufA, 12, rd, 0})
 		d.desc(3, desc{bufB - 8, 16, in, 0})
 		d.desc(4, desc{bufA, 12, wr, 0})
 		segs := room()

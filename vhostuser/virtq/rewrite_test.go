@@ -29,12 +29,18 @@ func fenced(t *testing.T, gpa uint64, size int) *guestmem.Region {
 // H061: another CPU of the guest rewrites descriptors and indirect tables all
 // the while. What Pop returns is in memory and as long as it says, whatever
 // mixture of old and new it has read.
-func TestGuestRewritesChains_H061(t *testing.T) {
+func TestGuestRewritesChains_H061(t *testing.T) { both(t, testGuestRewritesChains_H061) }
+
+func testGuestRewritesChains_H061(t *testing.T, packed bool) {
 	const size, table, tables = 4, bufA + 64, 4
 	c := Config{Size: size, Desc: ringGPA, Avail: ringGPA + 0x400, Used: ringGPA + 0x800, Indirect: true}
 	m, err := guestmem.New(fenced(t, ringGPA, 0x1000), fenced(t, bufA, bufSize), fenced(t, bufB, bufSize))
 	require.NoError(t, err)
+	c = layout(packed, c)
 	d := &driver{mem: m, cfg: c}
+	if packed {
+		d.packed = newPackedDriver(c)
+	}
 	q, err := New(m, c)
 	require.NoError(t, err)
 
@@ -49,14 +55,18 @@ func TestGuestRewritesChains_H061(t *testing.T) {
 	flags := []uint16{0, 0, flagWrite, flagWrite, flagNext, flagNext | flagWrite, flagIndirect}
 	ring := d.at(ringGPA, descLen*size)
 	all := d.at(table, 256*tables) // each with more room than it needs
-	rewrite := func(b []byte) {
-		switch rng.IntN(4) {
-		case 0:
+	flagsAt, nextAt := 12, 14
+	if packed {
+		flagsAt, nextAt = 14, 12
+	}
+	rewrite := func(b []byte, links bool) {
+		switch n := rng.IntN(4); {
+		case n == 0:
 			binary.LittleEndian.PutUint64(b, addrs[rng.IntN(len(addrs))])
-		case 1:
-			binary.LittleEndian.PutUint16(b[12:], flags[rng.IntN(len(flags))])
-		case 2:
-			binary.LittleEndian.PutUint16(b[14:], uint16(rng.IntN(20)))
+		case n == 1 && links:
+			binary.LittleEndian.PutUint16(b[flagsAt:], flags[rng.IntN(len(flags))])
+		case n == 2 && links:
+			binary.LittleEndian.PutUint16(b[nextAt:], uint16(rng.IntN(20)))
 		}
 		binary.LittleEndian.PutUint32(b[8:], lens[rng.IntN(len(lens))])
 	}
@@ -69,13 +79,19 @@ func TestGuestRewritesChains_H061(t *testing.T) {
 				return
 			default:
 			}
-			rewrite(ring[i%size*descLen:])
-			rewrite(all[i%tables*256+i/tables%size*descLen:])
+			if packed {
+				// Ids and flags of the ring stay: another would break it.
+				rewrite(ring[i%size*descLen:], false)
+			} else {
+				rewrite(ring[i%size*descLen:], true)
+			}
+			rewrite(all[i%tables*256+i/tables%size*descLen:], true)
 		}
 	})
 	defer guest.Wait()
 	defer close(stop)
 
+	rng2 := rand.New(rand.NewPCG(6, 2)) // of this goroutine
 	rounds := 1_000_000
 	if testing.Short() {
 		rounds /= 10
@@ -84,6 +100,12 @@ func TestGuestRewritesChains_H061(t *testing.T) {
 	segs := room()
 	for i := range rounds {
 		head := uint16(i % size)
+		if packed {
+			d.desc(int(head), desc{addrs[rng2.IntN(len(addrs))], lens[rng2.IntN(len(lens))], flags[rng2.IntN(4)], 0})
+			if rng2.IntN(2) == 0 {
+				d.desc(int(head), desc{table + 256*uint64(rng2.IntN(tables)), 16 * uint32(1+rng2.IntN(size)), flagIndirect, 0})
+			}
+		}
 		d.offer(head)
 		dir := Direction(i & 2)
 		got, st := q.Pop(dir, segs)

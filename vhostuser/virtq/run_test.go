@@ -80,8 +80,10 @@ func TestRunIsManyPops(t *testing.T) {
 	}
 }
 
-func TestPutRun(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 16, Base: 65530})
+func TestPutRun(t *testing.T) { both(t, testPutRun) }
+
+func testPutRun(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 16, Base: 65530}))
 	for i := range 10 {
 		d.desc(i, desc{bufA, 64, flagWrite, 0})
 		d.offer(uint16(i))
@@ -104,8 +106,10 @@ func TestPutRun(t *testing.T) {
 }
 
 // While writes are marked, chains are taken one by one.
-func TestNoRunWhileLogging(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 16})
+func TestNoRunWhileLogging(t *testing.T) { both(t, testNoRunWhileLogging) }
+
+func testNoRunWhileLogging(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 16}))
 	d.desc(0, desc{bufA, 64, flagWrite, 0})
 	d.offer(0)
 	q.SetLog(new(guestmem.Log), 0)
