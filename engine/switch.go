@@ -391,13 +391,13 @@ func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) *member {
 		m.flood(f, w.dst, w)
 	case out == m:
 		m.drop(f, w, frame.SamePort)
-	case w.view.vlans || out.steer != nil:
+	case tagged || vlan != out.native || out.steer != nil:
 		m.forward(f, w.b, out, vlan, w)
 	case !out.fits(f):
 		m.drop(f, w, frame.OversizeFrame)
 	default:
 		f.Out = out.id
-		if !tagged && !m.slow {
+		if !m.slow {
 			return out
 		}
 	}

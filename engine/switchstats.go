@@ -20,7 +20,7 @@ func (s *Switch) FDB(fn func(FDBEntry) bool) {
 	t, now := s.fdb.table.Load(), second(Now())
 	for i := range t.slots {
 		key, st := t.slots[i].key.Load(), station(t.slots[i].val.Load())
-		if st == 0 || st.expired(now, s.fdb.age) {
+		if key == 0 || st == 0 || st.expired(now, s.fdb.age) { // the key comes last
 			continue
 		}
 		e := FDBEntry{MAC: keyMAC(key), VLAN: uint16(key), Port: st.port(), Own: st.pinned()}
