@@ -77,7 +77,7 @@ func TestIdleSwitch(t *testing.T) {
 	docs := onLAN("vm1", "blue", 1) + onLAN("vm2", "blue", 1) + definition("blue", `{"type": "bridge"}`)
 	p := startLAN(t, docs)
 	a, b := connectRaw(t, p, "vm1/net"), connectRaw(t, p, "vm2/net")
-	require.True(t, hears(t, a, b, discover(a.Options.MAC)))
+	require.True(t, hears(t, a, b, discover(a.Options.MAC, a.Options.MAC)))
 	workers := func() (n uint64) {
 		for _, s := range p.status().Workers {
 			n += s.Wakeups

@@ -278,12 +278,12 @@ func TestLeaseOfADefinition(t *testing.T) {
 	assert.False(t, p.nicOf("vm3/net").Guest.IsValid())
 
 	// Who hears what a guest asks a DHCP server?
-	heard := func(from, to string) bool {
-		f, g := connectRaw(t, p, from), connectRaw(t, p, to)
-		return hears(t, f, g, discover(f.Options.MAC))
-	}
-	assert.True(t, heard("vm3/net", "vm4/net"), "without ipam a DHCP server may be anywhere")
-	assert.False(t, heard("vm2/net", "vm5/net"), "what we answer goes no further")
+	f, g := connectRaw(t, p, "vm3/net"), connectRaw(t, p, "vm4/net")
+	assert.True(t, hears(t, f, g, discover(f.Options.MAC, f.Options.MAC)), "without ipam a DHCP server may be anywhere")
+	f, g = connectRaw(t, p, "vm2/net"), connectRaw(t, p, "vm5/net")
+	assert.False(t, hears(t, f, g, discover(f.Options.MAC, f.Options.MAC)), "what we answer goes no further")
+	assert.False(t, hears(t, f, g, discover(f.Options.MAC, guestMAC)), "nor does what a guest inside the guest asks")
+	assert.Empty(t, p.nicOf("vm2/net").Leases, "an offer is no lease")
 }
 
 // hears says whether one guest gets a frame of another's; a plain one is sent

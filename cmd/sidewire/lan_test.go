@@ -197,13 +197,14 @@ var (
 	addrOf    = netip.MustParseAddr
 )
 
-// discover is a DHCP client's first message.
-func discover(mac frame.MAC) []byte {
+// discover is the first message of a DHCP client, which may be another than who
+// sends it.
+func discover(mac, client frame.MAC) []byte {
 	m := make([]byte, 300)
 	m[0], m[1], m[2] = 1, 1, 6
 	copy(m[4:], "xid1")
 	m[10] = 0x80
-	copy(m[28:], mac[:])
+	copy(m[28:], client[:])
 	copy(m[236:], []byte{0x63, 0x82, 0x53, 0x63, 53, 1, 1, 255})
 	return enginetest.UDPFrame(enginetest.Eth{Src: mac, Dst: broadcast}, enginetest.IP{Src: addrOf("0.0.0.0"), Dst: addrOf("255.255.255.255"), TTL: 64},
 		enginetest.UDP{Src: 68, Dst: 67}, m)
