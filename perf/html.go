@@ -41,7 +41,7 @@ func (r result) html(w io.Writer) error {
 		}
 	}
 	return page.Execute(w, map[string]any{
-		"Machine": r.Machine.String(), "Explanation": fmt.Sprintf(explanation, r.Rounds), "Plots": plots, "Markdown": md.String(),
+		"Machine": r.where(), "Explanation": fmt.Sprintf(explanation, r.Rounds), "Plots": plots, "Markdown": md.String(),
 	})
 }
 

@@ -13,8 +13,11 @@ import (
 // result is a report as JSON has it.
 type result struct {
 	Machine machine `json:"machine"`
-	Rounds  int     `json:"rounds"`
-	Rows    []row   `json:"rows"`
+	// Distance is the nanoseconds that a cache line takes between the two
+	// sides' processors, before each round of a trial.
+	Distance *spread `json:"distance_ns,omitempty"`
+	Rounds   int     `json:"rounds"`
+	Rows     []row   `json:"rows"`
 }
 
 // row is one trial.
@@ -39,7 +42,9 @@ type figure struct {
 // newResult draws up what was measured.
 func newResult(m machine, rounds int, all []*samples) result {
 	r := result{Machine: m, Rounds: rounds}
+	var distances []float64
 	for _, s := range all {
+		distances = append(distances, s.distances...)
 		w := row{Group: s.trial.Group, Title: s.trial.Title}
 		for _, me := range s.trial.Metrics {
 			for _, name := range s.trial.Subjects {
@@ -47,6 +52,10 @@ func newResult(m machine, rounds int, all []*samples) result {
 			}
 		}
 		r.Rows = append(r.Rows, w)
+	}
+	if len(distances) > 0 {
+		d := spreadOf(distances)
+		r.Distance = &d
 	}
 	return r
 }
@@ -184,9 +193,18 @@ round; of the A/A column, sidewire by itself, which is the error bar of all the 
 for each figure and the order of the columns is rotated.
 `
 
+// where is the machine, and how near its processors were to each other.
+func (r result) where() string {
+	s := r.Machine.String()
+	if r.Distance != nil {
+		s += fmt.Sprintf("A cache line took %v ns from the one side's processor to the other's.\n", *r.Distance)
+	}
+	return s
+}
+
 // markdown writes the tables.
 func (r result) markdown(w io.Writer) {
-	fmt.Fprintf(w, "# sidewire beside its peers\n\n%s\n"+explanation, r.Machine, r.Rounds)
+	fmt.Fprintf(w, "# sidewire beside its peers\n\n%s\n%s", r.where(), fmt.Sprintf(explanation, r.Rounds))
 	group := ""
 	for _, t := range r.tables() {
 		if t.group != group {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"runtime"
 	"sort"
 	"time"
 )
@@ -62,6 +63,8 @@ type samples struct {
 	trial  *trial
 	rounds []map[string]values // by subject; nil where it failed
 	failed map[string]error    // the last failure of a subject
+
+	distances []float64 // between the processors, before each round
 }
 
 // runTrials measures every trial in every round. It returns what there is when
@@ -88,6 +91,9 @@ func runTrials(ctx context.Context, trials []*trial, rounds int, bar *progress) 
 func (s *samples) round(ctx context.Context, turn int, bar *progress) {
 	t := s.trial
 	got := map[string]values{}
+	if runtime.NumCPU() > 1 {
+		s.distances = append(s.distances, distance())
+	}
 	for i := range t.Subjects {
 		name := t.Subjects[(i+turn)%len(t.Subjects)]
 		if t.missing[name] != nil {
