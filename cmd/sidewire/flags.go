@@ -97,7 +97,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.mode, "mode", "server", "vhost-user `MODE`: server (QEMU dials) or client (QEMU listens)")
 	fs.StringVar(&o.cpus, "cpus", "", "`LIST` of processors for the workers, one worker each, such as 2,4-6")
 	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
-	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network (the pod network's is eth0)")
+	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network, which is named as in the VMI or by its definition (the pod network's is eth0)")
 	fs.StringVar(&o.resolvConf, "resolv-conf", "", "`FILE` with the pod's resolvers (default: the namespace's own, else /etc/resolv.conf)")
 	fs.BoolVar(&o.packed, "packed", false, "offer packed virtqueues, on which no guest survives a crash of sidewire")
 	fs.BoolVar(&o.guestTSO, "guest-tso", true, "let guests receive TCP super-frames; off for guests that attach XDP")

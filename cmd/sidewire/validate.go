@@ -13,21 +13,21 @@ import (
 
 // validateCommand prints one line per fault.
 func validateCommand(_ context.Context, args []string, out, errw io.Writer) error {
-	var files list
+	var files, nads list
 	var asJSON bool
 	fs := newFlags("validate", errw)
 	fs.Var(&files, "f", "`FILE` with VMIs, VMs or NetworkAttachmentDefinitions; may be repeated")
-	fs.Var(&files, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
+	fs.Var(&nads, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
 	fs.BoolVar(&asJSON, "json", false, "print the faults as JSON")
 	if err := parse(fs, args); err != nil {
 		return err
 	}
-	if len(files) == 0 {
+	if len(files)+len(nads) == 0 {
 		return badInput("no file given: name it with -f")
 	}
-	docs, err := vmi.Load(files...)
+	docs, err := read(files, nads)
 	if err != nil {
-		return inputError{err}
+		return err
 	}
 	faults := allFaults(docs)
 	if asJSON {
@@ -60,12 +60,24 @@ func allFaults(docs vmi.Docs) []vmi.Fault {
 	return append(faults, vmi.Unsupported(docs)...)
 }
 
+// read reads files with VMIs and definitions, and others for their definitions
+// alone. The error has a line for each file that cannot be read.
+func read(files, nads []string) (vmi.Docs, error) {
+	docs, err := vmi.Load(files...)
+	more, moreErr := vmi.Load(nads...)
+	if err := errors.Join(err, moreErr); err != nil {
+		return docs, inputError{err}
+	}
+	docs.Define(more)
+	return docs, nil
+}
+
 // load reads, checks and plans the VMIs that the flags name. Warnings go to
 // errw; an error has a line for each fault.
 func load(o *options, errw io.Writer) ([]vmi.VM, error) {
-	docs, err := vmi.Load(append(append([]string{}, o.files...), o.nads...)...)
+	docs, err := read(o.files, o.nads)
 	if err != nil {
-		return nil, inputError{err}
+		return nil, err
 	}
 	faults := allFaults(docs)
 	for _, f := range vmi.Warnings(faults) {

@@ -7,6 +7,22 @@ import (
 	"strings"
 )
 
+// Define adds the definitions of more, and the faults in them. VMIs in it are passed over.
+func (docs *Docs) Define(more Docs) {
+	docs.NADs = append(docs.NADs, more.NADs...)
+	theirs := map[string]bool{}
+	for i := range more.VMIs {
+		v := &more.VMIs[i]
+		theirs[oneLine(v.Name)] = true
+		docs.faults = append(docs.faults, v.fault(Warning, "kind", "not served: this file was given for its definitions only; name it with -f"))
+	}
+	for _, f := range more.faults {
+		if f.VMI == "" || !theirs[f.VMI] {
+			docs.faults = append(docs.faults, f)
+		}
+	}
+}
+
 // nadOf finds the definition that a VMI's networkName means: one in the VMI's own namespace unless it names another.
 func (docs *Docs) nadOf(v *VMI, networkName string) *NAD {
 	key := nadKey(v, networkName)

@@ -232,6 +232,21 @@ func TestAttach(t *testing.T) {
 	}
 }
 
+// A file that is given for its definitions brings them and their faults, nothing else.
+func TestDefine(t *testing.T) {
+	docs, err := Parse("v.yaml", []byte(guest("v1", "x")))
+	require.NoError(t, err)
+	more, err := Parse("n.yaml", []byte(guest("v2", "x")+"kind: VM\nmetadata: {name: bad}\nspec: {network: []}\n---\n"+nad("x", `{"type": "bridge", "vlan": -1}`)))
+	require.NoError(t, err)
+	docs.Define(more)
+	assert.Len(t, docs.VMIs, 1)
+	assert.Equal(t, []string{
+		"warning kind: not served: this file was given for its definitions only; name it with -f",
+		"warning kind: not served: this file was given for its definitions only; name it with -f",
+		"spec.config.vlan: VLAN -1 must be between 0 and 4094",
+	}, lines(append(Validate(docs, Options{}), Unsupported(docs)...)))
+}
+
 // What the bridge binding is not served on yet.
 func TestBridgeElsewhere(t *testing.T) {
 	docs, err := Parse("v.yaml", []byte(two("name: a\nbridge: {}", briB, podA, mulB)+"---\n"+nad("n", `{"type": "bridge"}`)))
