@@ -167,7 +167,7 @@ type owner struct {
 // mayLearn counts one more attempt to learn in this second, and says whether
 // it is one too many.
 func (o *owner) mayLearn(sec uint32) bool {
-	if o.sec.Load() != sec {
+	if int32(sec-o.sec.Load()) > 0 {
 		o.sec.Store(sec)
 		o.learned.Store(0)
 	}

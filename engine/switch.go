@@ -333,12 +333,25 @@ func (m *member) Process(b *frame.Batch) {
 		// type of the one before, and need no more than its verdict. The loop
 		// calls nothing for these, so that its variables stay in registers.
 		to, from := binary.BigEndian.Uint64(f.Head[:8]), binary.BigEndian.Uint64(f.Head[6:14])
-		if from == src && to == dst && out != nil && f.HeadLen >= frame.EthernetLen && f.Len <= out.max {
-			f.Out = out.id
-			continue
+		if from == src && out != nil && f.HeadLen >= frame.EthernetLen {
+			if to == dst && f.Len <= out.max {
+				f.Out = out.id
+				continue
+			}
+			// From the same station to another one.
+			if o := m.sw.find(fdbKey(to, m.native), &w); o != nil && m.plainTo(o, m.native) && f.Len <= o.max {
+				f.Out = o.id
+				dst, out = to, o
+				continue
+			}
 		}
 		src, dst, out = from, to, m.decide(f, to, from, &w)
 	}
+}
+
+// plainTo says whether an untagged frame of a VLAN goes from m to o as it is.
+func (m *member) plainTo(o *member, vlan uint16) bool {
+	return o != m && o.native == vlan && o.steer == nil
 }
 
 // batchWork is what a stage needs for all frames of a batch.
@@ -391,7 +404,7 @@ func (m *member) decide(f *frame.Frame, to, from uint64, w *batchWork) *member {
 		m.flood(f, w.dst, w)
 	case out == m:
 		m.drop(f, w, frame.SamePort)
-	case tagged || vlan != out.native || out.steer != nil:
+	case tagged || !m.plainTo(out, vlan):
 		m.forward(f, w.b, out, vlan, w)
 	case !out.fits(f):
 		m.drop(f, w, frame.OversizeFrame)

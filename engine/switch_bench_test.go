@@ -81,7 +81,7 @@ func BenchmarkSwitch(b *testing.B) {
 					const sets = 1 << 11
 					hdrs := make([][16]byte, sets*32)
 					for i := range hdrs {
-						d := rand.IntN(stations/ports)*ports + 1
+						d := rand.IntN(stations/ports)*ports + 1 + rand.IntN(ports-1)
 						if burst == "burst" && i%32 != 0 {
 							hdrs[i] = hdrs[i-1]
 							continue
