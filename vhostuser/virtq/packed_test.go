@@ -353,3 +353,90 @@ func TestPackedHotPathDoesNotAllocate(t *testing.T) {
 		assert.Equal(t, 4*1001, popped)
 	}
 }
+
+// TestPackedRunIsManyPops is TestRunIsManyPops on a packed ring, gone round with
+// what PopRun and PutRun leave behind.
+func TestPackedRunIsManyPops(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(7, 8))
+	for _, dir := range []Direction{Readable, Writable} {
+		runs := 0
+		for range 300 {
+			size := uint16(1 + rnd.IntN(16))
+			d, q := newQueue(t, Config{Size: size, Packed: true, Base: uint16(rnd.IntN(int(size))) | uint16(rnd.IntN(2))<<15, Indirect: true})
+			other, err := New(d.mem, d.cfg)
+			require.NoError(t, err)
+			for range 10 {
+				for d.packed.free > 0 && rnd.IntN(8) > 0 {
+					v := desc{bufA + uint64(rnd.IntN(64)), uint32(1 + rnd.IntN(200)), uint16(dir), 0}
+					id := uint16(rnd.IntN(int(size)))
+					switch rnd.IntN(30) {
+					case 0:
+						v.addr = bufFar
+					case 1:
+						v.addr = 0x1000 // unmapped
+					case 2:
+						v.len = 0
+					case 3:
+						v.flags ^= flagWrite
+					case 4:
+						v.flags |= flagIndirect
+					case 5:
+						v.addr, v.len = bufB-8, 16 // crosses regions
+					case 6:
+						v.len = MaxBytes + 1
+					case 7:
+						id = size
+					}
+					list := []desc{v}
+					if d.packed.free > 1 && rnd.IntN(10) == 0 {
+						list[0].flags |= flagNext
+						list = append(list, v)
+					}
+					d.stagePacked(id, list...)
+				}
+				d.storePacked()
+				for {
+					var bufs [8]Buf
+					out := bufs[:1+rnd.IntN(8)]
+					n := q.PopRun(dir, out)
+					runs += n
+					for _, b := range bufs[:n] {
+						p, st := other.Pop(dir, make([][]byte, 0, 4))
+						require.Equal(t, OK, st)
+						require.Equal(t, p.Head, b.Head)
+						require.Len(t, p.Segs, 1)
+						require.Same(t, &p.Segs[0][0], &b.B[0])
+						require.Len(t, b.B, len(p.Segs[0]))
+					}
+					require.Equal(t, other.Base(), q.Base())
+					require.Equal(t, other.packed.out, q.packed.out)
+					if q.Drained() {
+						require.Zero(t, q.Avail())
+					}
+					q.PutRun(bufs[:n])
+					for _, b := range bufs[:n] {
+						other.Put(b.Head, 0)
+					}
+					if n > 0 {
+						continue
+					}
+					want, st := other.Pop(dir, make([][]byte, 0, 4))
+					c, got := q.Pop(dir, make([][]byte, 0, 4))
+					require.Equal(t, st, got)
+					require.Equal(t, want.Head, c.Head)
+					if st == Empty {
+						break
+					}
+					q.Put(c.Head, 0)
+					other.Put(c.Head, 0)
+				}
+				q.Publish()
+				other.Publish() // the same once more
+				d.take()
+			}
+			require.Equal(t, int(size), d.packed.free)
+			d.checkZones(t)
+		}
+		require.Greater(t, runs, 1000)
+	}
+}

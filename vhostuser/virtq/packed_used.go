@@ -60,16 +60,15 @@ func (q *Queue) needsNotifyPacked() bool {
 		return false
 	}
 	p.fresh = 0
+	first := !q.asked
+	q.asked = true
 	word := atomic.LoadUint32(p.driver)
 	switch word & eventFlags {
 	case eventDisable:
 		return false
 	case eventDesc:
-		if q.cfg.EventIdx && q.asked {
-			return p.passed(cursorOf(uint16(word)), n)
-		}
 		// What the previous owner of the ring told the driver is not known.
-		q.asked = true
+		return first || !q.cfg.EventIdx || p.passed(cursorOf(uint16(word)), n)
 	}
 	return true
 }

@@ -141,8 +141,10 @@ func BenchmarkRun(b *testing.B) {
 	}
 }
 
-func TestHolds(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 16})
+func TestHolds(t *testing.T) { both(t, testHolds) }
+
+func testHolds(t *testing.T, packed bool) {
+	d, q := newQueue(t, layout(packed, Config{Size: 16}))
 	require.False(t, q.Holds(1))
 	for i := range 5 {
 		d.desc(i, desc{bufA, 64, 0, 0})
