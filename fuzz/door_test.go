@@ -89,7 +89,7 @@ func open(t testing.TB) *door {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	device := func(name string) (frame.PortID, string) {
 		path := filepath.Join(dir, name)
-		dev, err := vhostuser.NewDevice(vhostuser.Config{Name: name, Path: path, Barrier: e.Barrier, Log: quiet, MTU: 1500})
+		dev, err := vhostuser.NewDevice(vhostuser.Config{Name: name, Path: path, Barrier: e.Barrier, Log: quiet, MTU: 1500, Packed: true})
 		must(t, err)
 		id, err := e.AddPort(name, dev)
 		must(t, err)
@@ -140,11 +140,15 @@ func (d *door) masquerade(t testing.TB, e *engine.Engine, guest frame.PortID) {
 
 // attacker connects to the attacked device. A frontend is turned away while the
 // end of the one before has not been noticed.
-func (d *door) attacker(t testing.TB) (g *vhosttest.Guest) {
+func (d *door) attacker(t testing.TB, packed bool) (g *vhosttest.Guest) {
 	t.Helper()
+	size := 16
+	if packed {
+		size = 15
+	}
 	var err error
 	enginetest.Wait(soon, func() bool {
-		g, err = vhosttest.Connect(vhosttest.Options{Path: d.path, Wait: soon, RingSize: 16, RxBufSize: 2048, MAC: guestMAC})
+		g, err = vhosttest.Connect(vhosttest.Options{Path: d.path, Wait: soon, Packed: packed, RingSize: size, RxBufSize: 2048, MAC: guestMAC})
 		return err == nil
 	})
 	must(t, err)

@@ -92,28 +92,106 @@ func FuzzRings(f *testing.F) {
 	f.Add(join(u16s(opFlags, tx, 1), u16s(opEvent, rx, 0x8000), []byte{opPush}))                                  // H064
 	f.Add(join(append([]byte{opWrite, 0, 0x10, 0, 0}, make([]byte, 16)...), desc(tx, 0, 0x1000, 13, 0, 0), post)) // H055
 
+	fuzzRings(f, false, (*door).step)
+}
+
+// fuzzRings plays steps on an attacker's rings.
+func fuzzRings(f *testing.F, packed bool, step func(*door, *vhosttest.Guest, *program)) {
 	d := open(f)
-	g := d.attacker(f)
+	g := d.attacker(f, packed)
 	f.Cleanup(func() { g.Close() })
 	f.Fuzz(func(t *testing.T, b []byte) {
 		p := &program{b}
 		for i := 0; i < 200 && len(p.b) > 0; i++ {
-			d.step(g, p)
+			step(d, g, p)
 		}
 		for _, r := range []*vhosttest.Ring{g.Rx(0), g.Tx(0)} {
 			kick(r)
 		}
 		d.unharmed(t)
-		must(t, g.Reset())
+		if packed {
+			must(t, g.HardReset()) // its driver has lost track
+		} else {
+			must(t, g.Reset())
+		}
 		d.works(t, g)
 	})
+}
+
+// Operations of FuzzPackedRings.
+const (
+	opSlot       = iota // ring, index, where, length, id, flags
+	opDriverWord        // ring, event word
+	opFill              // where, 16 bytes
+	opArrive            // the outside sends a frame
+	numPackedOps
+)
+
+// FuzzPackedRings is FuzzRings with packed rings.
+func FuzzPackedRings(f *testing.F) {
+	const (
+		tx, rx = 1, 0
+		mine   = 1 << 7 // available in the first lap
+		next   = mine | vhosttest.DescNext
+	)
+	event := func(ring byte, w uint32) []byte {
+		return binary.LittleEndian.AppendUint32([]byte{opDriverWord, ring}, w)
+	}
+	arrive := []byte{opArrive}
+	f.Add(desc(tx, 0, 0x1000, 100, 3, mine))
+	f.Add(desc(tx, 0, 0x1000, 100, 15, mine))                                                                    // H068 id is the size
+	f.Add(desc(tx, 0, 0x1000, 100, 3, next))                                                                     // H068 no chain behind it
+	f.Add(join(desc(tx, 1, 0x1000, 100, 3, next), desc(tx, 2, 0x1000, 9, 3, 1<<15), desc(tx, 0, 1, 9, 0, next))) // H068 the other lap
+	f.Add(join(desc(tx, 1, 0xff000000, 100, 2, mine), desc(tx, 0, 0x1000, 100, 1, next)))                        // H054
+	f.Add(desc(tx, 0, 0x1000, 1<<32-1, 0, mine))                                                                 // H056
+	f.Add(desc(tx, 0, 0x1000, 100, 0, mine|vhosttest.DescWrite))                                                 // H057
+	f.Add(desc(tx, 0, 0x1000, 24, 0, mine|vhosttest.DescIndirect))                                               // H058
+	f.Add(join(desc(rx, 0, 0x1000, 1, 7, 1<<15|vhosttest.DescWrite), arrive))                                    // H068 lent twice
+	f.Add(join(desc(rx, 0, 0xff000000, 2048, 7, mine), arrive))                                                  // H057, H063
+	f.Add(join(event(rx, 0xffffffff), event(tx, 2<<16|0x7fff), arrive, desc(tx, 0, 0x1000, 100, 3, mine)))       // H068 events
+	all := []byte{}
+	for i := range byte(15) {
+		all = append(all, desc(tx, 14-i, 0x1000, 100, 0, next)...)
+	}
+	f.Add(all) // H068 chain without end
+	fuzzRings(f, true, (*door).stepPacked)
+}
+
+func (d *door) stepPacked(g *vhosttest.Guest, p *program) {
+	op := p.u8() % numPackedOps
+	switch op {
+	case opArrive:
+		d.arrive()
+		return
+	case opFill:
+		at := p.u32() % uint32(len(g.Mem.Bytes)-16)
+		copy(g.Mem.Bytes[at:], p.take(16))
+		return
+	}
+	r := g.Rx(0)
+	if p.u8()&1 == 1 {
+		r = g.Tx(0)
+	}
+	switch op {
+	case opSlot:
+		i, at, n, id, flags := p.u8(), address(g, p.u32()), p.u32(), p.u16(), p.u16()
+		r.RawSlot(i%r.Size, at, n, id, flags)
+		kick(r)
+	case opDriverWord:
+		r.RawEvent(p.u32())
+	}
+}
+
+// arrive lets the outside send a frame to the attacker.
+func (d *door) arrive() {
+	d.incoming.Feed(enginetest.UDPFrame(enginetest.Eth{Dst: guestMAC, Src: hostMAC},
+		enginetest.IP{Src: outside, Dst: podIP}, enginetest.UDP{Src: 53, Dst: 80}, make([]byte, 1000)))
 }
 
 func (d *door) step(g *vhosttest.Guest, p *program) {
 	op := p.u8() % numOps
 	if op == opPush {
-		d.incoming.Feed(enginetest.UDPFrame(enginetest.Eth{Dst: guestMAC, Src: hostMAC},
-			enginetest.IP{Src: outside, Dst: podIP}, enginetest.UDP{Src: 53, Dst: 80}, make([]byte, 1000)))
+		d.arrive()
 		return
 	}
 	if op == opWrite {
@@ -165,7 +243,7 @@ func FuzzFrames(f *testing.F) {
 	f.Add(join(hdr(0, 0), tcp), false)
 	f.Add(join(hdr(1, 3, 54, 8, 34, 6), datagram(1)), false) // H071
 	d := open(f)
-	g := d.attacker(f)
+	g := d.attacker(f, false)
 	f.Cleanup(func() { g.Close() })
 	f.Fuzz(func(t *testing.T, b []byte, fromGuest bool) {
 		p := &program{b}
@@ -196,11 +274,11 @@ func FuzzSocket(f *testing.F) {
 	f.Add([]byte{1, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0}) // H007
 	d := open(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		g := d.attacker(t)
+		g := d.attacker(t, false)
 		_ = g.SendBytes(b) // the backend may have had enough
 		d.unharmed(t)
-		_ = g.Close()     // or has closed already
-		g = d.attacker(t) // the listener is ready for the next one
+		_ = g.Close()            // or has closed already
+		g = d.attacker(t, false) // the listener is ready for the next one
 		d.works(t, g)
 		must(t, g.Close())
 	})

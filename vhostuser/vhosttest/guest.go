@@ -306,6 +306,22 @@ func (g *Guest) Reset() error {
 	if err := g.Stop(); err != nil {
 		return err
 	}
+	return g.restart()
+}
+
+// HardReset is Reset of a guest that does not know any more where its rings
+// are, since it has written to them what it liked.
+func (g *Guest) HardReset() error {
+	g.running = false
+	for _, r := range g.Rings() {
+		if _, err := g.GetVringBase(r.Index); err != nil {
+			return err
+		}
+	}
+	return g.restart()
+}
+
+func (g *Guest) restart() error {
 	if g.Protocol&ProtoResetDevice != 0 {
 		if err := g.ResetDevice(); err != nil {
 			return err
