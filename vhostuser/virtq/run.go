@@ -87,9 +87,7 @@ func (q *Queue) Holds(n int) bool {
 // PutRun stages the return of chains that PopRun took, each with its N.
 func (q *Queue) PutRun(bufs []Buf) {
 	if q.packed != nil {
-		for i := range bufs {
-			q.putPacked(bufs[i].Head, bufs[i].N)
-		}
+		q.putRunPacked(bufs)
 		return
 	}
 	used, mask, put := q.used, q.mask, q.put
