@@ -45,7 +45,11 @@ func FuzzMessages(f *testing.F) {
 	f.Add(join(0, 0, wire(SetProtocolFeatures, u64(protoInband)...)))                                            // H015
 	f.Add(join(0, 0, wire(NetSetMTU, u64(67)...), wire(SendRARP, u64(1)...), wire(SetStatus, u64(1<<40)...)))    // H019, H020
 	f.Add(join(4, 0, wire(SetVringCall, u64(1)...), wire(SetVringErr, u64(ringFDNone|1)...), wire(GetFeatures))) // H010, H011
-	d, err := NewDevice(Config{Name: "fuzz", Path: "unused", QueuePairs: 2, Log: quiet, MTU: 1500})
+	packed := wire(SetFeatures, u64(plainFeats|featRingPacked)...)
+	f.Add(join(0, 0, packed, wire(SetVringNum, u32s(1, 100)...), wire(SetVringBase, u32s(1, 1<<32-1)...), wire(GetVringBase, u32s(1, 0)...))) // H040, H043
+	f.Add(join(1, 0, mem, packed, wire(SetVringNum, u32s(1, 3)...), wire(SetVringAddr, addr(1, 0, 0)...), wire(SetVringKick, u64(1|ringFDNone)...),
+		wire(SetFeatures, u64(plainFeats)...))) // H068: a packed ring becomes a split one of 3 entries
+	d, err := NewDevice(Config{Name: "fuzz", Path: "unused", QueuePairs: 2, Log: quiet, MTU: 1500, Packed: true})
 	if err != nil {
 		f.Fatal(err)
 	}
