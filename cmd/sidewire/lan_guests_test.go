@@ -22,13 +22,14 @@ func TestGuestsOfAllKinds(t *testing.T) {
 		{"modern", vhosttest.Options{Features: vhosttest.FeatVersion1}},
 		{"merging", vhosttest.Options{Features: vhosttest.FeatVersion1 | vhosttest.FeatMrgRxbuf | vhosttest.FeatEventIdx, RxBufSize: 2048}},
 		{"checksum", vhosttest.Options{Features: vhosttest.FeatVersion1 | vhosttest.FeatCsum | vhosttest.FeatGuestCsum | vhosttest.FeatIndirect, Indirect: true, Pieces: 3}},
+		{"packed", vhosttest.Options{Packed: true}},
 		{"legacy", vhosttest.Options{Features: vhosttest.FeatCsum | vhosttest.FeatHostTSO4 | vhosttest.FeatHostTSO6}},
 	}
 	docs := definition("blue", `{"type": "bridge", "macspoofchk": true}`)
 	for _, k := range kinds {
 		docs += onLAN(k.name, "blue", 1)
 	}
-	p := startLAN(t, docs)
+	p := startLAN(t, docs, "--packed")
 	addr := func(i int) string { return "10.9.0." + string(rune('1'+i)) }
 	var vms []*vm
 	for i, k := range kinds {
