@@ -35,7 +35,7 @@ package virtq
 import (
 	"errors"
 	"fmt"
-	"unsafe"
+	"reflect"
 
 	"sidewire/vhostuser/guestmem"
 )
@@ -225,12 +225,19 @@ func (q *Queue) Base() uint16 {
 	return q.next
 }
 
+// Sizes of what a queue is made of.
+var (
+	queueSize  = int(reflect.TypeFor[Queue]().Size())
+	packedSize = int(reflect.TypeFor[packed]().Size())
+	flightSize = int(reflect.TypeFor[flight]().Size())
+)
+
 // Footprint is the memory that the queue has allocated for itself, in bytes,
 // without what logging adds.
 func (q *Queue) Footprint() int {
-	n := int(unsafe.Sizeof(*q)) + len(q.table)
+	n := queueSize + len(q.table)
 	if p := q.packed; p != nil {
-		n += int(unsafe.Sizeof(*p)) + len(p.flight)*int(unsafe.Sizeof(flight{}))
+		n += packedSize + len(p.flight)*flightSize
 	}
 	return n
 }
