@@ -216,7 +216,7 @@ func without(ids []uint16, id uint16) (out []uint16) {
 func (l *lan) wire(s *server) error {
 	e := s.engine
 	for _, u := range l.ups {
-		c := engine.SwitchPort{Port: u.port, Uplink: true}
+		c := engine.SwitchPort{Port: u.port, Uplink: true, MTU: u.mtu}
 		if !l.ovs && l.vlans() {
 			c.Access, c.Trunk = bridgeVLAN, allVLANs
 		}
@@ -352,7 +352,9 @@ func leaseRoutes(l *vmi.Lease) (out []dhcp.Route) {
 // wire gives stages and workers to the guest's port.
 func (n *lanNIC) wire(s *server) error {
 	sw := n.nad().Switch
-	c := engine.SwitchPort{Port: n.port, MAC: n.mac(), SpoofCheck: sw.SpoofCheck, CheckARP: sw.CheckARP, Queues: n.iface.QueuePairs}
+	c := engine.SwitchPort{
+		Port: n.port, MAC: n.mac(), MTU: n.mtu(), SpoofCheck: sw.SpoofCheck, CheckARP: sw.CheckARP, Queues: n.iface.QueuePairs,
+	}
 	c.Access, c.Trunk = n.lan.portVLANs(sw)
 	stage, err := n.lan.sw.AddPort(c)
 	if err != nil {

@@ -92,3 +92,23 @@ func TestIdleSwitch(t *testing.T) {
 		return !disturbed && workers() == worked
 	}))
 }
+
+// A frame longer than a guest's MTU goes to those alone who can take it (virtio
+// 1.2, 5.1.4.1).
+func TestSwitchKeepsMTUs(t *testing.T) {
+	docs := onLAN("vm1", "long", 1) + onLAN("vm2", "long", 1) + onLAN("vm3", "short", 1) +
+		definition("long", `{"type": "bridge", "bridge": "br0", "mtu": 9000}`) +
+		definition("short", `{"type": "bridge", "bridge": "br0"}`)
+	p := startLAN(t, docs)
+	a := plugVM(t, p, "vm1", vhosttest.Options{MTU: 9000}).withAddr("10.9.0.1/24")
+	plugVM(t, p, "vm2", vhosttest.Options{MTU: 9000}).withAddr("10.9.0.2/24")
+	plugVM(t, p, "vm3", vhosttest.Options{}).withAddr("10.9.0.3/24")
+	assert.True(t, a.pings("10.9.0.2", "-M", "do", "-s", "8972"))
+	assert.True(t, a.pings("10.9.0.3", "-M", "do", "-s", "1472"))
+	assert.False(t, a.pings("10.9.0.3", "-M", "do", "-s", "1473"))
+	dropped := uint64(0)
+	for _, port := range p.status().Ports {
+		dropped += port.Drops["oversize_frame"]
+	}
+	assert.NotZero(t, dropped)
+}
