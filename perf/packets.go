@@ -28,7 +28,10 @@ var (
 	tripTime = metric{Name: "round trip", Unit: "us", Less: true}
 	allocs   = metric{Name: "allocations", Unit: "per frame", Less: true, Plain: true}
 	syscalls = metric{Name: "system calls", Unit: "per frame", Less: true, Plain: true}
-	dropped  = metric{Name: "dropped", Unit: "frames", Less: true, Plain: true}
+	// processors is how near the two sides' processors were to each other,
+	// which the host decides on a virtual machine.
+	processors = metric{Name: "a cache line's way", Unit: "ns", Less: true, Plain: true}
+	dropped    = metric{Name: "dropped", Unit: "frames", Less: true, Plain: true}
 )
 
 // programs are what is measured. They are built after the trials are drawn up.
@@ -106,9 +109,9 @@ func (p *programs) packetTrials(cells []cell, quick bool, d time.Duration) []*tr
 	var out []*trial
 	for _, c := range cells {
 		t := &trial{Group: "Packets", Title: c.String(), missing: map[string]error{}, takes: d + 3*time.Second}
-		t.Metrics = []metric{mpps, busyTime, syscalls, allocs, dropped}
+		t.Metrics = []metric{mpps, busyTime, syscalls, allocs, dropped, processors}
 		if c.Path == roundTrip {
-			t.Metrics = []metric{tripTime, syscalls}
+			t.Metrics = []metric{tripTime, syscalls, processors}
 		}
 		for _, name := range c.subjects(p, quick) {
 			t.Subjects = append(t.Subjects, name)

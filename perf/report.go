@@ -14,7 +14,7 @@ import (
 type result struct {
 	Machine machine `json:"machine"`
 	// Distance is the nanoseconds that a cache line takes between the two
-	// sides' processors, before each round of a trial.
+	// sides' processors, before each measurement.
 	Distance *spread `json:"distance_ns,omitempty"`
 	Rounds   int     `json:"rounds"`
 	Rows     []row   `json:"rows"`

@@ -64,7 +64,7 @@ type samples struct {
 	rounds []map[string]values // by subject; nil where it failed
 	failed map[string]error    // the last failure of a subject
 
-	distances []float64 // between the processors, before each round
+	distances []float64 // between the processors, before each measurement
 }
 
 // runTrials measures every trial in every round. It returns what there is when
@@ -91,15 +91,13 @@ func runTrials(ctx context.Context, trials []*trial, rounds int, bar *progress) 
 func (s *samples) round(ctx context.Context, turn int, bar *progress) {
 	t := s.trial
 	got := map[string]values{}
-	if runtime.NumCPU() > 1 {
-		s.distances = append(s.distances, distance())
-	}
 	for i := range t.Subjects {
 		name := t.Subjects[(i+turn)%len(t.Subjects)]
 		if t.missing[name] != nil {
 			continue
 		}
 		bar.now(t, name)
+		apart := s.apart()
 		began := time.Now()
 		v, err := t.measure(ctx, name)
 		switch {
@@ -110,10 +108,21 @@ func (s *samples) round(ctx context.Context, turn int, bar *progress) {
 			bar.failed(t, name, err)
 		default:
 			got[name] = v
+			v[processors.Name] = apart
 			bar.took(t, time.Since(began))
 		}
 	}
 	s.rounds = append(s.rounds, got)
+}
+
+// apart measures how near the two sides' processors are now.
+func (s *samples) apart() float64 {
+	if runtime.NumCPU() < 2 {
+		return nan
+	}
+	d := distance()
+	s.distances = append(s.distances, d)
+	return d
 }
 
 // column is one subject's figure in each round that brought it.
