@@ -152,6 +152,9 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 		return f, err
 	}
 	time.Sleep(settle)
+	if c.FDB > 0 {
+		time.Sleep(learning)
+	}
 	return observe(ctx, be, fe, c, d)
 }
 

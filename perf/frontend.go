@@ -19,6 +19,9 @@ const (
 // maxPorts is RTE_MAX_ETHPORTS of the distributions' DPDK.
 const maxPorts = 32
 
+// learning is how long a switch has for the addresses of a cell that has many.
+const learning = 3 * time.Second
+
 // settle is how long frames flow before anything is counted.
 const settle = 300 * time.Millisecond
 

@@ -9,7 +9,7 @@ import (
 const (
 	hugePageFile = "/proc/sys/vm/nr_hugepages"
 	// hugePagesWanted are pages of 2 MiB for two testpmd and a switch.
-	hugePagesWanted = 700
+	hugePagesWanted = 1200
 )
 
 // hugepages says whether the machine has huge pages to spare for a testpmd.

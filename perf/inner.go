@@ -70,6 +70,7 @@ func runInner(args []string) error {
 	}
 	if *kind == "switch" {
 		in.sw = e.NewSwitch(engine.SwitchConfig{Name: "perf", MACs: *macs})
+		go in.sw.Run(ctx, engine.Now)
 	}
 	if err := in.wire(*kind, *size); err != nil {
 		return err
