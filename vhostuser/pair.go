@@ -68,7 +68,9 @@ func (p *Pair) Pull(b *frame.Batch) int {
 		return 0
 	}
 	for p.n < len(p.bufs) {
-		n := st.q.PopRun(virtq.Readable, p.bufs[p.n:])
+		// Each may want a place in the batch's scatter lists, of which scattered
+		// chains can have taken all.
+		n := st.q.PopRun(virtq.Readable, p.bufs[p.n:p.n+min(len(p.bufs)-p.n, b.SegsLeft())])
 		if n > 0 {
 			p.n += n
 			p.run(st, b, p.bufs[p.n-n:p.n])

@@ -461,3 +461,56 @@ func testDataPathAllocatesNothing(t *testing.T) {
 	require.EqualValues(t, 2*rounds*9, st[0].TxFrames+st[1].TxFrames)
 	require.EqualValues(t, 2*rounds*9, st[0].RxFrames+st[1].RxFrames)
 }
+
+// Chains of many pieces take all room for scatter lists; the plain ones behind
+// them then wait for the next batch, and nothing is allocated.
+func TestPullOutOfLists(t *testing.T) {
+	d := newDevice(t, Config{Snapshot: 18})
+	f := connect(t, d)
+	f.bringUp(plainFeats|featIndirectDesc, 2)
+	tx, p := f.rings[1], d.Pairs()[0]
+	const pieces = 63
+	for i := range testRing {
+		data := testFrame(pieces*16, byte(i))
+		if i >= 2048/(1+pieces) {
+			tx.send(frame.Offload{}, 12, data)
+			continue
+		}
+		at := f.alloc(12 + len(data))
+		copy(f.mem[at+12:], data)
+		table := f.alloc(16 * (1 + pieces))
+		for j := range 1 + pieces {
+			e := f.mem[table+16*uint32(j):]
+			n, off := uint32(16), at+12+16*uint32(j-1)
+			if j == 0 {
+				n, off = 12, at
+			}
+			native.PutUint64(e, testGPA+uint64(off))
+			native.PutUint32(e[8:], n)
+			native.PutUint16(e[12:], uint16(min(1, pieces-j)))
+			native.PutUint16(e[14:], uint16(j+1))
+		}
+		head := tx.post(guestBuf{table, 16 * (1 + pieces), false})
+		native.PutUint16(tx.at(uint32(head)*16+12), 4)
+	}
+	tx.avail -= testRing
+	var b frame.Batch
+	pulled := func(check func(f *frame.Frame, n int)) {
+		tx.avail += testRing
+		native.PutUint16(tx.at(availAt+2), tx.avail)
+		for n := 0; n < testRing; {
+			b.Reset(0)
+			p.heavy = false
+			if p.Pull(&b) == 0 {
+				t.Fatalf("%d frames of %d", n, testRing)
+			}
+			for i := range b.Len() {
+				check(b.Frame(i), n)
+				n++
+			}
+			p.Release(&b)
+		}
+	}
+	pulled(func(f *frame.Frame, n int) { require.Equal(t, testFrame(pieces*16, byte(n)), f.Bytes(), n) })
+	require.Zero(t, testing.AllocsPerRun(20, func() { pulled(func(*frame.Frame, int) {}) }))
+}
