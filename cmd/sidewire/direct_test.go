@@ -62,32 +62,17 @@ func TestUnusedBuffersHoldNothingOfThePods(t *testing.T) {
 // serve sends 64 MiB of the same words to whoever connects to a port in ns,
 // and returns the words.
 func serve(t *testing.T, ns *enginetest.NetNS, port int, words string) []byte {
-	var ln net.Listener
-	require.NoError(t, ns.Do(func() (err error) {
-		ln, err = net.Listen("tcp4", fmt.Sprintf(":%d", port))
-		return err
-	}))
-	t.Cleanup(func() { ln.Close() })
 	chunk := bytes.Repeat([]byte(words), 4<<20/len(words))
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
+	listen(t, ns, "tcp4", fmt.Sprintf(":%d", port), func(c net.Conn) {
+		_ = c.SetDeadline(time.Now().Add(time.Minute))
+		// The request is read first, so that closing is no reset.
+		_, _ = c.Read(make([]byte, 4096))
+		_, _ = c.Write([]byte("HTTP/1.0 200 OK\r\n\r\n"))
+		for range 16 {
+			if _, err := c.Write(chunk); err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				_ = c.SetDeadline(time.Now().Add(time.Minute))
-				// The request is read first, so that closing is no reset.
-				_, _ = c.Read(make([]byte, 4096))
-				_, _ = c.Write([]byte("HTTP/1.0 200 OK\r\n\r\n"))
-				for range 16 {
-					if _, err := c.Write(chunk); err != nil {
-						return
-					}
-				}
-			}()
 		}
-	}()
+	})
 	return []byte(words)
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -260,4 +261,26 @@ func runIn(ns *enginetest.NetNS, dir, name string, args ...string) (string, erro
 	err = cmd.Run()
 	b, _ := os.ReadFile(f.Name())
 	return string(b), err
+}
+
+// listen serves every connection to an address of a namespace on a goroutine
+// of its own, until the test ends or the listener is closed.
+func listen(t *testing.T, ns *enginetest.NetNS, network, addr string, serve func(net.Conn)) net.Listener {
+	t.Helper()
+	l, err := ns.Listen(network, addr)
+	require.NoError(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				serve(c)
+			}()
+		}
+	}()
+	return l
 }

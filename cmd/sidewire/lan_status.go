@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -97,22 +96,10 @@ func (s *server) FDB() []StationStatus {
 
 // fdbCommand shows what the switches have learned.
 func fdbCommand(ctx context.Context, args []string, out, errw io.Writer) error {
-	o, asJSON, rest, err := controlFlags("fdb", args, errw)
-	if err != nil {
-		return err
-	}
-	if len(rest) > 0 {
-		return badInput("unexpected argument %q", rest[0])
-	}
-	var stations []StationStatus
-	if err := ask(ctx, o.controlPath(), "GET", "/fdb", nil, &stations); err != nil {
-		return err
-	}
-	if asJSON {
-		enc := json.NewEncoder(out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(stations)
-	}
+	return show(ctx, "fdb", args, out, errw, printStations)
+}
+
+func printStations(out io.Writer, stations []StationStatus) error {
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(w, "switch\tVLAN\taddress\tport\tseen")
 	for _, st := range stations {

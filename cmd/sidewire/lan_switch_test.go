@@ -25,23 +25,12 @@ import (
 // once, and checks that the other end got the same.
 func carry(t *testing.T, from, to *enginetest.NetNS, addr string, conns, size int) {
 	t.Helper()
-	l, err := to.Listen("tcp", addr)
-	require.NoError(t, err)
+	l := listen(t, to, "tcp", addr, func(c net.Conn) {
+		sum := sha256.New()
+		_, _ = io.Copy(sum, c)
+		_, _ = c.Write(sum.Sum(nil))
+	})
 	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				sum := sha256.New()
-				_, _ = io.Copy(sum, c)
-				_, _ = c.Write(sum.Sum(nil))
-			}()
-		}
-	}()
 	var wg sync.WaitGroup
 	for i := range conns {
 		wg.Go(func() {

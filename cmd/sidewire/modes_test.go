@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -129,19 +130,7 @@ func hear(t *testing.T, ns *enginetest.NetNS, addr, want string) {
 // greet says a word to whoever connects.
 func greet(t *testing.T, ns *enginetest.NetNS, port int, word string) {
 	t.Helper()
-	l, err := ns.Listen("tcp4", fmt.Sprintf(":%d", port))
-	require.NoError(t, err)
-	t.Cleanup(func() { l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = io.WriteString(c, word)
-			c.Close()
-		}
-	}()
+	listen(t, ns, "tcp4", fmt.Sprintf(":%d", port), func(c net.Conn) { _, _ = io.WriteString(c, word) })
 }
 
 // Two queue pairs carry traffic both ways, each on a worker of its own, on the

@@ -197,22 +197,10 @@ func (s *scene) serveAt(ns *enginetest.NetNS, name string, ports ...int) {
 	s.t.Helper()
 	for _, port := range ports {
 		addr := net.JoinHostPort("0.0.0.0", strconv.Itoa(port))
-		l, err := ns.Listen("tcp4", addr)
-		require.NoError(s.t, err)
-		s.t.Cleanup(func() { l.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					fmt.Fprintf(c, "%s, peer %s\n", name, hostOf(c.RemoteAddr()))
-					_, _ = io.Copy(c, c) // until the other end has enough
-				}()
-			}
-		}()
+		listen(s.t, ns, "tcp4", addr, func(c net.Conn) {
+			fmt.Fprintf(c, "%s, peer %s\n", name, hostOf(c.RemoteAddr()))
+			_, _ = io.Copy(c, c) // until the other end has enough
+		})
 		pc, err := ns.ListenPacket("udp4", addr)
 		require.NoError(s.t, err)
 		s.t.Cleanup(func() { pc.Close() })

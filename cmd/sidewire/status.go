@@ -221,24 +221,30 @@ func controlFlags(name string, args []string, errw io.Writer) (o options, asJSON
 	return o, asJSON, fs.Args(), nil
 }
 
-func statusCommand(ctx context.Context, args []string, out, errw io.Writer) error {
-	o, asJSON, rest, err := controlFlags("status", args, errw)
+// show is a command that asks a running sidewire for one thing and shows it, as
+// JSON where that is asked for, else by text.
+func show[T any](ctx context.Context, name string, args []string, out, errw io.Writer, text func(io.Writer, T) error) error {
+	o, asJSON, rest, err := controlFlags(name, args, errw)
 	if err != nil {
 		return err
 	}
 	if len(rest) > 0 {
 		return badInput("unexpected argument %q", rest[0])
 	}
-	var st Status
-	if err := ask(ctx, o.controlPath(), "GET", "/status", nil, &st); err != nil {
+	var v T
+	if err := ask(ctx, o.controlPath(), "GET", "/"+name, nil, &v); err != nil {
 		return err
 	}
 	if asJSON {
 		enc := json.NewEncoder(out)
 		enc.SetIndent("", "  ")
-		return enc.Encode(st)
+		return enc.Encode(v)
 	}
-	return printStatus(out, st)
+	return text(out, v)
+}
+
+func statusCommand(ctx context.Context, args []string, out, errw io.Writer) error {
+	return show(ctx, "status", args, out, errw, printStatus)
 }
 
 func printStatus(out io.Writer, st Status) error {
