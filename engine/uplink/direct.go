@@ -103,21 +103,14 @@ func holds(bufs [][]byte, n int) bool {
 // receive takes one message from the socket and makes it the next frame.
 func (q *Queue) receive(b *frame.Batch, bufs [][]byte) (size int, errno unix.Errno) {
 	d, i := q.direct, b.Len()
-	niov := 2
 	setIov(&d.iovs[0], q.hdrs[i][:q.hdrLen])
 	setIov(&d.iovs[1], b.Frame(i).Head[:])
-	skip, room := skipLen, frame.MaxLen-frame.HeadSize
-	for _, p := range bufs {
-		if skip >= len(p) {
-			skip -= len(p)
-			continue
-		}
-		p = p[skip:]
+	niov := 2
+	at, skip := behindHead(bufs)
+	for room := frame.MaxLen - frame.HeadSize; at < len(bufs) && room > 0 && niov < directIovs; at++ {
+		p := bufs[at][skip:]
 		skip = 0
 		p = p[:min(len(p), room)]
-		if len(p) == 0 || niov == directIovs {
-			break
-		}
 		setIov(&d.iovs[niov], p)
 		niov++
 		room -= len(p)
@@ -147,13 +140,9 @@ func (q *Queue) lay(b *frame.Batch, f *frame.Frame, bufs [][]byte) uint16 {
 		f.Drop(frame.BatchFull)
 		return n
 	}
-	skip, left := skipLen, int(f.Len)-frame.HeadSize
-	for _, p := range bufs[:n] {
-		if skip >= len(p) {
-			skip -= len(p)
-			continue
-		}
-		p = p[skip:]
+	at, skip := behindHead(bufs)
+	for left := int(f.Len) - frame.HeadSize; left > 0; at++ {
+		p := bufs[at][skip:]
 		skip = 0
 		p = p[:min(len(p), left)]
 		left -= len(p)
@@ -161,6 +150,15 @@ func (q *Queue) lay(b *frame.Batch, f *frame.Frame, bufs [][]byte) uint16 {
 	}
 	f.Tail = tail
 	return n
+}
+
+// behindHead finds the buffer, and the place in it, of a frame's first byte
+// that is not in Head.
+func behindHead(bufs [][]byte) (at, skip int) {
+	for skip = skipLen; at < len(bufs) && skip >= len(bufs[at]); at++ {
+		skip -= len(bufs[at])
+	}
+	return at, skip
 }
 
 // covering is how many of the buffers n bytes take.
