@@ -95,14 +95,14 @@ func (m *member) checkIPv6(f *frame.Frame, off int, b *frame.Batch) frame.DropRe
 	next, fragment := f.Head[off+6], false
 	end := at + int(binary.BigEndian.Uint16(f.Head[off+4:]))
 	for {
+		if f.Flags&frame.NeedsCsum != 0 && int(f.CsumStart) < at {
+			return frame.BadOffload // it would change the headers before
+		}
 		switch next {
 		case protoICMP6:
 			return m.checkICMP6(f, at, end, fragment, b)
 		case extHopByHop, extRouting, extFragment, extAuth, extDestOpts, extMobility, extHIP, extShim6, extTest1, extTest2:
 		default:
-			if f.Flags&frame.NeedsCsum != 0 && int(f.CsumStart) < at {
-				return frame.BadOffload // it would change the headers before
-			}
 			return frame.ReasonNone
 		}
 		widen(f, at+8)
@@ -117,6 +117,9 @@ func (m *member) checkIPv6(f *frame.Frame, off int, b *frame.Batch) frame.DropRe
 		case next != extFragment:
 			n = (int(h[1]) + 1) * 8
 		case binary.BigEndian.Uint16(h[2:])&^7 != 0:
+			if f.Flags&frame.NeedsCsum != 0 {
+				return frame.BadOffload // a fragment has nothing that is to be completed
+			}
 			return frame.ReasonNone // the first fragment is judged
 		default:
 			fragment = fragment || h[3]&1 != 0
