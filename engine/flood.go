@@ -56,17 +56,13 @@ type flood struct {
 // floodWork is a worker's room to put frames aside.
 type floodWork struct {
 	list [frame.BatchMax]*frame.Frame
-	vlan [frame.BatchMax]uint16 // noVLAN: for nobody
-	kept [frame.BatchMax]kept
+	vlan [frame.BatchMax]uint16      // noVLAN: for nobody
+	kept [frame.BatchMax]frame.Frame // before a member changed it
+	lent [frame.BatchMax]uint16      // which frames the member had in hand
 }
 
 // noVLAN is no VLAN's number.
 const noVLAN = 0xffff
-
-// kept is a frame before a member changed it.
-type kept struct {
-	frame.Frame
-}
 
 func newFlood(s *Switch, workers int) *flood {
 	fl := &flood{sw: s}
@@ -97,26 +93,28 @@ func (fl *flood) push(worker int, fs []*frame.Frame) {
 		if in := v.member(f.In); in != nil {
 			w.vlan[i], _ = in.classify(f)
 		}
-		w.kept[i].keep(f)
+		w.kept[i] = *f // all that a member may change but the bytes of Tail
 	}
 	l := fl.sw.e.layout.Load()
 	for _, m := range v.members {
 		if int(m.id) >= len(l.ports) || l.ports[m.id] == nil {
 			continue
 		}
-		if list := w.choose(m, l.ports[m.id].counters[worker], fs); len(list) > 0 {
+		list, lent := w.choose(m, l.ports[m.id].counters[worker], fs)
+		if len(list) > 0 {
 			l.ports[m.id].port.Push(worker, list)
 			l.ports[m.id].countPush(worker, list)
-			for i, f := range fs {
-				w.kept[i].restore(f)
-			}
+		}
+		for _, i := range lent {
+			*fs[i] = w.kept[i]
 		}
 	}
 }
 
-// choose lists the frames that a member gets, in the form that it gets them.
-func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.Frame {
-	n := 0
+// choose lists the frames that a member gets, in the form that it gets them,
+// and the numbers of those that may be changed by now.
+func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) (list []*frame.Frame, lent []uint16) {
+	list, lent = w.list[:0], w.lent[:0]
 	for i, f := range fs {
 		if f.In == m.id || w.vlan[i] == noVLAN || !m.members.has(w.vlan[i]) {
 			continue
@@ -125,6 +123,7 @@ func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.F
 			add(&c.drops[frame.OversizeFrame], 1)
 			continue
 		}
+		lent = append(lent, uint16(i))
 		if r := m.retag(f, w.vlan[i], nil); r != frame.ReasonNone {
 			add(&c.drops[r], 1)
 			continue
@@ -132,10 +131,9 @@ func (w *floodWork) choose(m *member, c *counters, fs []*frame.Frame) []*frame.F
 		if m.steer != nil {
 			f.Queue = m.steer.queue(flowHash(f))
 		}
-		w.list[n] = f
-		n++
+		list = append(list, f)
 	}
-	return w.list[:n]
+	return list, lent
 }
 
 // countPush books what became of frames that were given to one port of many.
@@ -153,8 +151,3 @@ func (pe *portEntry) countPush(worker int, fs []*frame.Frame) {
 	add(&c.outFrames, frames)
 	add(&c.outBytes, bytes)
 }
-
-// keep copies what a member may change: all but the bytes of Tail.
-func (k *kept) keep(f *frame.Frame) { k.Frame = *f }
-
-func (k *kept) restore(f *frame.Frame) { *f = k.Frame }
