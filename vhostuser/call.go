@@ -23,8 +23,10 @@ import (
 // So it is undone: whoever holds the counter can read it, which empties it and
 // frees all who wait. A timer that runs only while interrupts are sent finds a
 // write that makes no progress on a full counter, has it freed, and ends the
-// connection of that frontend. What remains is that a hostile frontend can
-// halt a worker for up to two stallTicks each time it connects.
+// connection of that frontend. A counter that was replaced while somebody wrote
+// to it is looked at in the same way, whatever came of others since. What
+// remains is that a hostile frontend can halt a worker for up to two stallTicks
+// each time it connects.
 
 // stallTick is how often interrupts are looked after while some are sent.
 const stallTick = 500 * time.Millisecond
@@ -44,28 +46,33 @@ type callFD struct {
 	freeing      atomic.Bool
 	stalls       atomic.Uint64
 
-	stalled func() // told of a stall, on a goroutine of its own
+	// stalled is told of a stall, on a goroutine of its own, and which session
+	// brought the counter.
+	stalled func(session uint64)
 	every   time.Duration
 	timer   *time.Timer
 	// What the timer saw at its last tick.
 	seenBegun, seenEnded uint64
+	seenOld              bool
 
 	mu  sync.Mutex // guards all below; workers never take it
+	by  uint64     // number of the session that brought the counter
 	num int        // the number, -1 before the first set
 	old []int      // counters that were replaced while somebody wrote to them
 }
 
-func (c *callFD) init(stalled func()) {
+func (c *callFD) init(stalled func(session uint64)) {
 	c.num, c.stalled, c.every = -1, stalled, stallTick
 	c.fd.Store(-1)
 	c.timer = time.AfterFunc(time.Hour, c.tick)
 	c.timer.Stop()
 }
 
-// set takes fd over.
-func (c *callFD) set(fd int) error {
+// set takes fd over, which the session of that number brought.
+func (c *callFD) set(fd int, by uint64) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.by = by
 	if err := c.replace(fd); err != nil {
 		closeFD(fd)
 		return fmt.Errorf("replace event descriptor: %w", err)
@@ -151,8 +158,11 @@ func (c *callFD) tick() {
 	ended := c.ended.Load() // first, so that it is not the greater
 	begun := c.begun.Load()
 	quiet := begun == ended && begun == c.seenBegun
-	stuck := c.seenBegun > c.seenEnded && ended == c.seenEnded
-	c.seenBegun, c.seenEnded = begun, ended
+	c.mu.Lock()
+	old := len(c.old) > 0
+	c.mu.Unlock()
+	stuck := c.seenBegun > c.seenEnded && ended == c.seenEnded || old && c.seenOld
+	c.seenBegun, c.seenEnded, c.seenOld = begun, ended, old
 	if stuck {
 		c.free(ended)
 	}
@@ -191,6 +201,7 @@ func (c *callFD) free(ended uint64) {
 		}
 		return // it is only slow, or being freed
 	}
+	by := c.by
 	go func() {
 		for c.ended.Load() == ended {
 			for _, fd := range fds {
@@ -204,7 +215,7 @@ func (c *callFD) free(ended uint64) {
 			closeFD(fd)
 		}
 		c.stalls.Add(1)
-		c.stalled()
+		c.stalled(by)
 		c.freeing.Store(false)
 	}()
 }

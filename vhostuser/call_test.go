@@ -36,7 +36,7 @@ func withCall(t *testing.T, fd int) (*Device, *front) {
 	t.Helper()
 	d := newDevice(t, Config{})
 	for _, r := range d.rings {
-		r.call.every, r.err.every = 5*time.Millisecond, 5*time.Millisecond
+		r.call.every, r.err.every = 20*time.Millisecond, 20*time.Millisecond
 	}
 	f := connect(t, d)
 	closeFD(f.rings[0].call)
@@ -99,15 +99,28 @@ func testFullBlockingCounter_H045(t *testing.T) {
 func TestHostileCounterIsFreed(t *testing.T) { bothRings(t, testHostileCounterIsFreed) }
 
 func testHostileCounterIsFreed(t *testing.T) {
-	for name, while := range map[string]func(f *front){
-		"held": func(*front) {},
-		"replaced meanwhile": func(f *front) {
+	for name, while := range map[string]func(d *Device, f *front){
+		"held": func(*Device, *front) {},
+		"replaced meanwhile": func(_ *Device, f *front) {
 			fd := eventfd(f.t)
 			defer closeFD(fd)
 			f.send(SetVringCall, flagVersion, u64(0), fd)
 		},
-		"taken away meanwhile": func(f *front) { f.send(SetVringCall, flagVersion, u64(ringFDNone)) },
-		"disconnected":         func(f *front) { f.c.Close() },
+		"taken away meanwhile": func(_ *Device, f *front) { f.send(SetVringCall, flagVersion, u64(ringFDNone)) },
+		"replaced before each look": func(d *Device, f *front) {
+			call := &d.rings[0].call
+			look := time.NewTicker(call.every * 4 / 5)
+			defer look.Stop()
+			for n := 0; call.stalls.Load() == 0; n++ {
+				require.Less(f.t, n, maxOld, "nobody looks")
+				fd := eventfd(f.t)
+				b := append(u32s(uint32(SetVringCall), flagVersion, 8), u64(0)...)
+				_, _, _ = f.c.WriteMsgUnix(b, unix.UnixRights(fd), nil) // it may be over
+				closeFD(fd)
+				<-look.C
+			}
+		},
+		"disconnected": func(_ *Device, f *front) { f.c.Close() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			noLeak(t)
@@ -118,7 +131,7 @@ func testHostileCounterIsFreed(t *testing.T) {
 			done := deliver(d, f)
 			call := &d.rings[0].call
 			enginetest.Eventually(t, 5*time.Second, func() bool { return call.begun.Load() > call.ended.Load() })
-			while(f)
+			while(d, f)
 			enginetest.Eventually(t, 5*time.Second, ends(done))
 			enginetest.Eventually(t, 5*time.Second, func() bool {
 				s := d.Status()

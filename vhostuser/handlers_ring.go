@@ -169,7 +169,7 @@ func (s *session) setVringCall(m *message) error {
 		r.call.clear()
 		return nil
 	}
-	if err := r.call.set(fd); err != nil {
+	if err := r.call.set(fd, s.dev.sessions.Load()); err != nil {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	if r.started {
@@ -187,7 +187,7 @@ func (s *session) setVringErr(m *message) error {
 		r.err.clear()
 		return nil
 	}
-	if err := r.err.set(fd); err != nil {
+	if err := r.err.set(fd, s.dev.sessions.Load()); err != nil {
 		return fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	return nil

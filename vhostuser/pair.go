@@ -281,7 +281,7 @@ func (p *Pair) Release(*frame.Batch) {
 		st.q.PutRun(p.bufs[:n])
 	}
 	st.q.Publish()
-	if st.q.NeedsNotify() || st.onEmpty && st.q.Avail() == 0 {
+	if st.q.NeedsNotify() || st.onEmpty && !st.q.Holds(1) {
 		st.ring.call.signal()
 		p.count.interrupts.Add(1)
 	}

@@ -162,7 +162,7 @@ func (x *Reserver) giveBack(q *virtq.Queue, n int) {
 func (r *rxRing) commit(f *frame.Frame) bool {
 	x := r.reserved
 	from, end := int(f.RxAt), int(f.RxAt)+int(f.RxBufs)
-	if x == nil || x.q == nil || x.q != r.q || from < x.done || end > x.n || f.GSO != frame.GSONone && !r.takesGSO(f.GSO) {
+	if x == nil || x.q == nil || x.q != r.q || from < x.done || end > x.n || !r.takesAsIs(f) {
 		return false
 	}
 	// A stage may have cut off what lies behind the packet, and with it whole

@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
 )
 
@@ -259,6 +260,36 @@ func testReserveMeetsControl(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A guest that switches checksums off while a frame lies in its buffers gets it
+// with its checksum.
+func TestReserveMeetsOffloadsOff(t *testing.T) { bothRings(t, testReserveMeetsOffloadsOff) }
+
+func testReserveMeetsOffloadsOff(t *testing.T) {
+	noLeak(t)
+	d := newDevice(t, Config{})
+	f := connect(t, d)
+	f.bringUp(allOffloads, 2)
+	rx, x := f.rings[0], d.Reserver()
+	for range 8 {
+		rx.recv(2000)
+	}
+	var b frame.Batch
+	b.Reset(0)
+	data := tcpFrame(1000)
+	off := enginetest.Partial(data)
+	fr, used := land(&b, x.Reserve(0, 4000, 8000), 0, data)
+	fr.Offload = off
+	x.Keep(used)
+	r := &d.Pairs()[0].rx
+	r.set(r.q, r.ring, r.feats&^(featGuestCSUM|featGuestTSO4|featGuestTSO6))
+	d.Push(0, []*frame.Frame{fr})
+	x.Free()
+	hdrs, got := rx.received(12)
+	require.Len(t, got, 2, "one that was copied, one that came back")
+	require.Zero(t, hdrs[0][0], "flags")
+	require.True(t, enginetest.ChecksumsOK(got[0]))
 }
 
 // H008: the guest's memory goes away while frames lie in it.

@@ -250,12 +250,12 @@ func (d *Device) stop(rings ...*ring) {
 }
 
 // hangUp ends the connection of a frontend that let a worker wait.
-func (r *ring) hangUp() {
+func (r *ring) hangUp(session uint64) {
 	d := r.dev
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.complain("frontend let an interrupt wait: its event counter was full and made to block", "ring", r.index)
-	if d.ses != nil {
+	if d.ses != nil && d.sessions.Load() == session { // another may be here by now
 		_ = d.ses.conn.uc.Close()
 	}
 }

@@ -174,16 +174,16 @@ func (r *rxRing) deliverRun(fs []*frame.Frame) (n int) {
 // It returns how many it put. A fault in a sender's memory may have ended the
 // run.
 func (r *rxRing) endRun() (n int) {
-	n = r.filled
-	if r.running > n {
-		r.q.Rewind(r.running - n)
+	n, running := r.filled, r.running
+	r.running, r.filled = 0, 0 // a fault in the ring must not do it twice
+	if running > n {
+		r.q.Rewind(running - n)
 	}
 	if n > 0 {
 		r.q.PutRun(r.run[:n])
 		r.frames += uint64(n)
 		r.dirty = true
 	}
-	r.running, r.filled = 0, 0
 	return n
 }
 
@@ -226,7 +226,7 @@ func (r *rxRing) publish() {
 	r.pair.count.rxDirect.Add(r.direct)
 	r.frames, r.bytes, r.direct = 0, 0, 0
 	r.q.Publish()
-	if r.q.NeedsNotify() || r.onEmpty && r.q.Avail() == 0 {
+	if r.q.NeedsNotify() || r.onEmpty && !r.q.Holds(1) {
 		r.ring.call.signal()
 		r.pair.count.interrupts.Add(1)
 	}

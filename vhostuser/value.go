@@ -284,7 +284,7 @@ func (d *Device) load(v *Session, x *fdList, fds []int) error {
 			fd int
 		}{{&r.call, sr.Call}, {&r.err, sr.Err}} {
 			if fd := dup(e.fd); fd >= 0 {
-				if err := e.to.set(fd); err != nil {
+				if err := e.to.set(fd, d.sessions.Load()+1); err != nil {
 					return err
 				}
 			}
