@@ -63,7 +63,7 @@ func testEveryWrittenPageIsMarked(t *testing.T, packed bool) {
 		}
 		d.desc(long-1, desc{bufFar + bufSize - uint64(part), uint32(part), wr, 0})
 		l := guestmem.HeapLog(bufFar / page / 8 * 2)
-		q.SetLog(l, 0)
+		setLog(q, l, 0)
 		seed := maphash.MakeSeed()
 		var before map[uint64]uint64
 		// offer is the driver's part of a step, whose writes are not ours.
@@ -144,7 +144,7 @@ func clearLog(q *Queue, d *driver, l **guestmem.Log) {
 		return // chains are out: marks come later
 	}
 	*l = guestmem.HeapLog(bufFar / page / 8 * 2)
-	q.SetLog(*l, 0)
+	setLog(q, *l, 0)
 }
 
 // Only what was written is marked, so that a migration converges.
@@ -153,7 +153,7 @@ func TestOnlyWrittenPagesAreMarked(t *testing.T) { both(t, testOnlyWrittenPagesA
 func testOnlyWrittenPagesAreMarked(t *testing.T, packed bool) {
 	d, q := newQueue(t, layout(packed, Config{Size: 4}))
 	l := guestmem.HeapLog(bufFar / page / 8 * 2)
-	q.SetLog(l, 0)
+	setLog(q, l, 0)
 	d.desc(0, desc{bufFar, bufSize, wr, 0})
 	d.offer(0)
 	_, st := q.Pop(Writable, room())
@@ -173,7 +173,7 @@ func TestUsedRingLogAddress(t *testing.T) {
 	const at = 64 * page
 	d, q := newQueue(t, Config{Size: 2048, EventIdx: true, Base: 2047})
 	l := guestmem.HeapLog(bufFar / page / 8)
-	q.SetLog(l, at)
+	setLog(q, l, at)
 	d.desc(0, desc{bufA, 1, rd, 0})
 	give(d, q, 2) // the last and the first element
 	assert.True(t, l.Dirty(at))
@@ -183,7 +183,7 @@ func TestUsedRingLogAddress(t *testing.T) {
 	assert.True(t, l.Dirty(at+4*page))
 	assert.False(t, l.Dirty(ringGPA+2048*18))
 
-	q.SetLog(nil, 0)
+	setLog(q, nil, 0)
 	give(d, q, 2)
 	q.EnableNotify()
 }
@@ -195,7 +195,7 @@ func testHostileLogAddress(t *testing.T, packed bool) {
 	for _, at := range []uint64{math.MaxUint64, math.MaxUint64 - 3, 1 << 40} {
 		d, q := newQueue(t, layout(packed, Config{Size: 4, EventIdx: true}))
 		l := guestmem.HeapLog(8)
-		q.SetLog(l, at)
+		setLog(q, l, at)
 		d.desc(0, desc{bufA, 1, rd, 0})
 		give(d, q, 3)
 		q.EnableNotify()
@@ -212,7 +212,7 @@ func TestBadChainIsNotLent(t *testing.T) { both(t, testBadChainIsNotLent) }
 
 func testBadChainIsNotLent(t *testing.T, packed bool) {
 	d, q := newQueue(t, layout(packed, Config{Size: 4}))
-	q.SetLog(guestmem.HeapLog(8), 0)
+	setLog(q, guestmem.HeapLog(8), 0)
 	d.chain(0, desc{bufA, 1, wr, 0}, desc{0x1000, 1, wr, 0})
 	for range 10 {
 		d.offer(0)

@@ -296,3 +296,13 @@ func (d *driver) spans(t testing.TB, segs [][]byte) (got []span) {
 	}
 	return got
 }
+
+// setLog switches marking of writes on in a queue that is in use, or off with
+// nil. usedLog is as in Config.
+func setLog(q *Queue, l *guestmem.Log, usedLog uint64) {
+	if usedLog == 0 {
+		usedLog = q.cfg.Used
+	}
+	q.cfg.Log, q.cfg.UsedLog = l, usedLog
+	q.lent = q.lent[:0]
+}

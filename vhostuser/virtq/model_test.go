@@ -234,7 +234,7 @@ func play(t testing.TB, data []byte, packed bool) {
 	c := layout(packed, Config{Size: size, EventIdx: k&4 != 0, Indirect: k&8 != 0, Base: []uint16{0, 65530, 65535, 7}[k>>4&3]})
 	d, q := newQueue(t, c)
 	if k&0x40 != 0 {
-		q.SetLog(guestmem.HeapLog(64), 0)
+		setLog(q, guestmem.HeapLog(64), 0)
 	}
 	var (
 		waiting []offered // and not popped

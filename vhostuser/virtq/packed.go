@@ -136,7 +136,7 @@ func newPacked(c *Config) (*packed, error) {
 
 // translatePacked finds the ring and the event words in m.
 func (q *Queue) translatePacked(m *guestmem.Memory) error {
-	c, p := &q.cfg, *q.packed
+	c, p := &q.cfg, q.packed
 	if c.Desc%descLen != 0 || c.Avail%4 != 0 || c.Used%4 != 0 {
 		return fmt.Errorf("%w: descriptors %#x, driver area %#x, device area %#x", ErrAlign, c.Desc, c.Avail, c.Used)
 	}
@@ -153,7 +153,7 @@ func (q *Queue) translatePacked(m *guestmem.Memory) error {
 		return err
 	}
 	p.driver, p.device = driver.word, device.word
-	q.mem, q.last, q.packed = m, m.Region(c.Desc), &p
+	q.mem, q.last = m, m.Region(c.Desc)
 	return nil
 }
 

@@ -245,11 +245,12 @@ func TestChainBoundIs1024(t *testing.T) {
 
 // H056: 1024 buffers of 64 KiB.
 func TestLengthBound(t *testing.T) {
-	d, q := newQueue(t, Config{Size: 2048})
+	d := newDriver(t, Config{Size: 2048})
 	big := guestmem.FromHeap(0x40000000, make([]byte, 65536))
 	m, err := guestmem.New(append([]*guestmem.Region{big}, d.mem.Regions()...)...)
 	require.NoError(t, err)
-	require.NoError(t, q.SetMemory(m))
+	q, err := New(m, d.cfg)
+	require.NoError(t, err)
 	for i := range 1024 {
 		d.desc(i, desc{0x40000000, 65536, nx, uint16(i + 1)})
 	}

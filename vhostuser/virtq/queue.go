@@ -139,27 +139,14 @@ func New(m *guestmem.Memory, c Config) (*Queue, error) {
 		q.mask = c.Size - 1
 		q.next, q.seen, q.put, q.public, q.notified = c.Base, c.Base, c.Base, c.Base, c.Base
 	}
-	if err := q.SetMemory(m); err != nil {
+	find := q.translate
+	if c.Packed {
+		find = q.translatePacked
+	}
+	if err := find(m); err != nil {
 		return nil, err
 	}
 	return q, nil
-}
-
-// SetMemory moves the queue to another memory table, in which its rings lie at
-// the same guest addresses. If they do not lie there, the queue stays as it
-// was and must not be used once the old memory is unmapped. It is called only
-// while nobody uses the queue and every chain was put back.
-func (q *Queue) SetMemory(m *guestmem.Memory) error {
-	n := *q
-	find := n.translate
-	if n.packed != nil {
-		find = n.translatePacked
-	}
-	if err := find(m); err != nil {
-		return err
-	}
-	*q = n
-	return nil
 }
 
 // translate finds the rings in m.
@@ -197,17 +184,6 @@ func (q *Queue) translate(m *guestmem.Memory) error {
 	usedWord, err := halfAt(m, c.Used)
 	q.usedWord = usedWord.word
 	return err
-}
-
-// SetLog switches marking of writes on, or off with nil. usedLog is as in
-// [Config]. It is called only while nobody uses the queue and every chain was
-// put back.
-func (q *Queue) SetLog(l *guestmem.Log, usedLog uint64) {
-	if usedLog == 0 {
-		usedLog = q.cfg.Used
-	}
-	q.cfg.Log, q.cfg.UsedLog = l, usedLog
-	q.lent = q.lent[:0]
 }
 
 // Logged says whether writes are marked.

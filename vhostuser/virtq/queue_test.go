@@ -189,33 +189,6 @@ func TestUsedRingIsNeverRead(t *testing.T) {
 	}
 }
 
-func TestSetMemory(t *testing.T) { both(t, testSetMemory) }
-
-func testSetMemory(t *testing.T, packed bool) {
-	d, q := newQueue(t, layout(packed, Config{Size: 4}))
-	d.desc(0, desc{bufA, 1, rd, 0})
-	d.offer(0, 0)
-	_, st := q.Pop(Readable, room())
-	require.Equal(t, OK, st)
-	q.Put(0, 0)
-	q.Publish()
-
-	// The ring is gone: the queue stays as it was.
-	gone, err := guestmem.New(d.mem.Regions()[1:]...)
-	require.NoError(t, err)
-	require.ErrorIs(t, q.SetMemory(gone), ErrRange)
-	assert.Same(t, d.mem, q.mem)
-
-	// Its buffers are gone.
-	rings, err := guestmem.New(d.mem.Regions()[0])
-	require.NoError(t, err)
-	require.NoError(t, q.SetMemory(rings))
-	_, st = q.Pop(Readable, room())
-	assert.Equal(t, Bad, st)
-	assert.Equal(t, CauseUnmapped, q.LastCause())
-	assert.Equal(t, index(packed, 2, 4), q.Base())
-}
-
 func TestHotPathDoesNotAllocate(t *testing.T) {
 	for _, event := range []bool{false, true} {
 		d, q := newQueue(t, Config{Size: 64, EventIdx: event, Indirect: true})

@@ -112,9 +112,9 @@ func testNoRunWhileLogging(t *testing.T, packed bool) {
 	d, q := newQueue(t, layout(packed, Config{Size: 16}))
 	d.desc(0, desc{bufA, 64, flagWrite, 0})
 	d.offer(0)
-	q.SetLog(new(guestmem.Log), 0)
+	setLog(q, new(guestmem.Log), 0)
 	require.Zero(t, q.PopRun(Writable, make([]Buf, 4)))
-	q.SetLog(nil, 0)
+	setLog(q, nil, 0)
 	require.Equal(t, 1, q.PopRun(Writable, make([]Buf, 4)))
 }
 
