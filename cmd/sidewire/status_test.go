@@ -45,6 +45,7 @@ func TestStatusOfAnInterface(t *testing.T) {
 	assert.Contains(t, text, guestMAC.String()+", link up")
 	for _, pair := range i["device"].(map[string]any)["pairs"].([]any) {
 		n := pair.(map[string]any)["memoryBytes"].(float64)
+		t.Logf("a pair takes %.1f KiB", n/1024)
 		assert.Greater(t, n, 1024.)
 		assert.Less(t, n, 65536.)
 	}
