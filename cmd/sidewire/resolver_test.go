@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -239,7 +240,102 @@ func watched(t *testing.T, path string) chan string {
 	return told
 }
 
-// Each step changes what the path leads to, in a way that is told.
+// untilTold waits until a change to this content has been told.
+func untilTold(t *testing.T, told chan string, want string) {
+	t.Helper()
+	for limit := time.After(soon); ; {
+		select {
+		case got := <-told:
+			if got == want {
+				return
+			}
+		case <-limit:
+			t.Fatalf("%q is not noticed", want)
+		}
+	}
+}
+
+// A tree that is removed and made again is followed, and so are Kubernetes's
+// volumes, in which a link to a directory is swapped before the old directory
+// goes.
+func TestFileWatchTreeMadeAgain(t *testing.T) {
+	root := t.TempDir()
+	write := func(name, content string) {
+		path := filepath.Join(root, name)
+		require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o755))
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o644))
+	}
+	write("a/b/c/f", "first")
+	told := watched(t, filepath.Join(root, "a/b/c/f"))
+	for _, again := range []string{"second", "third"} {
+		require.NoError(t, os.RemoveAll(filepath.Join(root, "a")))
+		write("a/b/c/f", again)
+		untilTold(t, told, again)
+	}
+	write("a/b/c/f", "fourth")
+	untilTold(t, told, "fourth")
+
+	swap := func(version string) {
+		write("volume/.."+version+"/f", version)
+		require.NoError(t, os.Symlink(".."+version, filepath.Join(root, "volume/..data_tmp")))
+		require.NoError(t, os.Rename(filepath.Join(root, "volume/..data_tmp"), filepath.Join(root, "volume/..data")))
+	}
+	swap("v0")
+	require.NoError(t, os.Symlink("..data/f", filepath.Join(root, "volume/f")))
+	told = watched(t, filepath.Join(root, "volume/f"))
+	for old, version := range []string{"v1", "v2", "v3"} {
+		swap(version)
+		untilTold(t, told, version)
+		require.NoError(t, os.RemoveAll(filepath.Join(root, "volume/..v"+string(rune('0'+old)))))
+	}
+	require.NoError(t, os.RemoveAll(filepath.Join(root, "volume")))
+	swap("v4")
+	require.NoError(t, os.Symlink("..data/f", filepath.Join(root, "volume/f")))
+	untilTold(t, told, "v4")
+}
+
+// A watch that the kernel takes away, as it does when a file system is
+// unmounted, is a change, and another takes its place.
+func TestFileWatchIsArmedAgain(t *testing.T) {
+	dir := t.TempDir()
+	w, err := watchFile(filepath.Join(dir, "sub/f"))
+	require.NoError(t, err)
+	limit := time.AfterFunc(soon, func() { w.Close() })
+	defer limit.Stop()
+	defer w.Close()
+	for wd := range w.names {
+		_, err := unix.InotifyRmWatch(int(w.f.Fd()), wd)
+		require.NoError(t, err)
+	}
+	require.NoError(t, w.Next(), "the watches are gone")
+	require.NoError(t, os.Mkdir(filepath.Join(dir, "sub"), 0o755))
+	require.NoError(t, w.Next(), "the new ones see what comes")
+}
+
+// A directory on the way that may be passed but not read is no obstacle.
+func TestFileWatchBehindUnreadableDirectory(t *testing.T) {
+	closed := filepath.Join(t.TempDir(), "closed")
+	require.NoError(t, os.MkdirAll(filepath.Join(closed, "open"), 0o755))
+	require.NoError(t, os.WriteFile(filepath.Join(closed, "open/f"), nil, 0o644))
+	require.NoError(t, os.Chmod(closed, 0o311))
+	t.Cleanup(func() { _ = os.Chmod(closed, 0o755) })
+	if os.Geteuid() == 0 {
+		const nobody = 65534
+		require.NoError(t, os.Chmod(filepath.Dir(filepath.Dir(closed)), 0o755))
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		require.NoError(t, unix.Setfsuid(nobody))
+		defer func() { require.NoError(t, unix.Setfsuid(0)) }()
+	}
+	w, err := watchFile(filepath.Join(closed, "open/f"))
+	require.NoError(t, err)
+	w.Close()
+	_, err = watchFile(filepath.Join(closed, "none/f"))
+	require.ErrorIs(t, err, unix.EACCES, "nobody would tell when it comes")
+}
+
+// Each step changes what the path leads to, in a way that is told once. (What
+// removes an inode for good ends its watch too, and may be told twice.)
 func TestFileWatch(t *testing.T) {
 	dir := t.TempDir()
 	at := func(name string) string { return filepath.Join(dir, name) }
@@ -250,9 +346,9 @@ func TestFileWatch(t *testing.T) {
 		require.NoError(t, os.Symlink(to, at(name+"~")))
 		rename(name+"~", name)
 	}
-	for _, name := range []string{"run", "v1", "v2"} {
+	for _, name := range []string{"run", "v1", "v2", "etc/net"} {
 		mkdir(name)
-		write(name+"/f", name)
+		write(name+"/f", filepath.Base(name))
 	}
 	write("plain", "")
 	write("bystander", "bystander")
@@ -269,7 +365,7 @@ func TestFileWatch(t *testing.T) {
 			func() { write("plain", "written") },
 			func() { write("other", "replaced"); rename("other", "plain") },
 			func() { write("plain", "written again") },
-			func() { require.NoError(t, os.Remove(at("plain"))) },
+			func() { rename("plain", "gone") },
 			func() { write("other", "back"); rename("other", "plain") },
 			func() { link("bystander", "plain") },
 			func() { write("bystander", "now it matters") },
@@ -289,6 +385,20 @@ func TestFileWatch(t *testing.T) {
 			func() { mkdir("no") },
 			func() { mkdir("no/such") },
 			func() { write("other", "there"); rename("other", "no/such/file") },
+		}, []string{"", "", "there"}},
+		{"a directory that moves", "etc/net/f", []func(){
+			func() { rename("etc", "away") },
+			func() { mkdir("etc") },
+			func() { mkdir("etc/net") },
+			func() { write("other", "made again"); rename("other", "etc/net/f") },
+			func() { rename("etc/net", "etc/away") },
+			func() { rename("away/net", "etc/net") },
+			func() { write("etc/net/f", "written") },
+		}, []string{"", "", "", "made again", "", "net", "written"}},
+		{"a file in the way", "etc/net/f/g", []func(){
+			func() { rename("etc/net/f", "etc/f") },
+			func() { mkdir("etc/net/f") },
+			func() { write("other", "there"); rename("other", "etc/net/f/g") },
 		}, []string{"", "", "there"}},
 		{"..", "run/../run/f", []func(){func() { write("run/f", "seen") }}, []string{"seen"}},
 	} {

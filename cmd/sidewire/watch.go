@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,9 +14,9 @@ import (
 )
 
 // fileWatch tells when what a path leads to may have changed: the file was
-// written, or another took its place, at the path itself or behind a symbolic
-// link on the way. As long as nothing happens, nothing wakes up. One goroutine
-// may call Next; Close may be called beside it.
+// written, or another took its place, at the path itself, behind a symbolic
+// link, or with a directory on the way. As long as nothing happens, nothing
+// wakes up. One goroutine may call Next; Close may be called beside it.
 type fileWatch struct {
 	path  string
 	f     *os.File            // inotify
@@ -74,7 +75,10 @@ func (w *fileWatch) matters(b []byte) bool {
 		name, _, _ := bytes.Cut(b[unix.SizeofInotifyEvent:end], []byte{0})
 		b = b[end:]
 		names, known := w.names[wd]
-		if mask&unix.IN_Q_OVERFLOW != 0 || known && (names == nil || slices.Contains(names, string(name))) {
+		// IN_IGNORED is the last word of a watch: its directory is gone, or what
+		// it lay on is not mounted any more.
+		if mask&unix.IN_Q_OVERFLOW != 0 ||
+			known && (names == nil || mask&unix.IN_IGNORED != 0 || slices.Contains(names, string(name))) {
 			return true
 		}
 	}
@@ -97,18 +101,20 @@ func (w *fileWatch) arm() error {
 	return nil
 }
 
-// walk follows the path as the kernel does.
+// walk follows the path as the kernel does, and watches each name on it in its
+// directory. A directory that may be passed but not read is left out as long as
+// the next one is there: of that one, removal is noticed then, a new name not.
 func (w *fileWatch) walk() error {
 	at, rest, links := "/", split(w.path), 0
 	for len(rest) > 0 {
 		name := rest[0]
 		next := filepath.Join(at, name)
+		watchErr := w.add(at, maskDir, name)
 		fi, err := os.Lstat(next)
-		if rest = rest[1:]; len(rest) == 0 || err != nil || fi.Mode()&os.ModeSymlink != 0 {
-			if err := w.add(at, maskDir, name); err != nil {
-				return err
-			}
-			fi, err = os.Lstat(next)
+		rest = rest[1:]
+		onTheWay := err == nil && fi.IsDir() && len(rest) > 0
+		if watchErr != nil && !(onTheWay && errors.Is(watchErr, unix.EACCES)) {
+			return watchErr
 		}
 		switch {
 		case err != nil:
