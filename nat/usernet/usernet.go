@@ -1,0 +1,422 @@
+// Package usernet carries guest TCP, UDP and ICMP over ordinary host sockets,
+// without privileges.
+//
+// A [Net] stands behind one guest's port. What the guest sends comes through
+// [Net.Process] and ends there: its payload goes to a socket straight from the
+// guest's memory. What the host's sockets have for the guest comes from the
+// queues of [Net.Queue], one per worker, for which payload is received straight
+// into the guest's buffers where the guest's port lends them. There is no
+// buffer in between: bytes that the guest has not acknowledged stay in the
+// host's socket, and bytes that the socket does not take are not acknowledged
+// to the guest.
+//
+// Each worker owns the flows that it opened: their table, timers and sockets.
+// The guest may move a flow to a queue pair of another worker; that one then
+// works on it under the owner's lock, which its owner takes once per batch and
+// nobody else otherwise.
+package usernet
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+
+	"sidewire/engine/frame"
+)
+
+// Config is what a Net is made of.
+type Config struct {
+	// Name is the interface's, for the log.
+	Name string
+	// Port is the guest's.
+	Port frame.PortID
+	// Guest is the guest's address, Gateway that of its gateway, both in
+	// Prefix. What the guest sends from elsewhere is Spoofed.
+	Guest, Gateway netip.Addr
+	Prefix         netip.Prefix
+	// MAC is the guest's hardware address, zero to learn it; GatewayMAC is the
+	// gateway's.
+	MAC, GatewayMAC frame.MAC
+	// MTU is that of the guest's link, in bytes of IP packet.
+	MTU int
+	// Workers is how many there are.
+	Workers int
+	// Rooms lend the rx buffers of the guest's queue pairs, by pair; nil where
+	// they cannot be lent.
+	Rooms []Room
+	// Services are addresses inside the guest's network that stand for others.
+	Services []Service
+	// Loopback lets the gateway's address stand for the host's loopback.
+	Loopback bool
+	// GatewaySource shows the guest all that comes in by a forwarded port as
+	// the gateway's, as QEMU's slirp does; otherwise clients keep their
+	// addresses.
+	GatewaySource bool
+	// Ping lets ICMP echo pass beyond the gateway.
+	Ping bool
+	// Filter of inbound UDP (RFC 4787 REQ-8).
+	Filter Filter
+	// Policy says where the guest may go. The zero value allows all but the
+	// host's loopback.
+	Policy Policy
+	// Resume, if positive, is a network namespace's descriptor in which sockets
+	// are made. The workers' threads enter it for that.
+	NetNS int
+	// MaxFlows bounds the flows of each worker; 0 is 131072.
+	MaxFlows int
+	// MaxSockets bounds the descriptors of all workers together; 0 is what the
+	// process may open, less some for others.
+	MaxSockets int
+	// Timeouts of idle flows; zero ones are the defaults.
+	Timeouts Timeouts
+	Log      *slog.Logger
+}
+
+// Room lends a guest's rx buffers to receive into. A frame lies in buffers that
+// follow each other, from the start of one on; their first bytes, as many as
+// the virtio_net_hdr and the frame's private head take, stay free. All calls of
+// a turn are one reservation.
+type Room interface {
+	// Reserve adds buffers until there are up to most bytes behind the first
+	// skip buffers, and returns all of the reservation; nil if there are less
+	// than least.
+	Reserve(skip, least, most int) [][]byte
+	// Keep takes back all buffers but the first n, which hold frames.
+	Keep(n int)
+	// Free ends the reservation.
+	Free()
+	// Arm asks for a wake-up when the guest gives more buffers, and reports
+	// whether it has since Reserve found too few. Disarm undoes it.
+	Arm() (more bool)
+	Disarm()
+}
+
+// Service is an address and port of the guest's network that stand for others
+// of the host.
+type Service struct {
+	Proto uint8
+	Addr  netip.AddrPort
+	To    netip.AddrPort
+}
+
+// Filter says who may answer on a UDP mapping.
+type Filter uint8
+
+const (
+	// FilterNone lets everybody: endpoint-independent filtering.
+	FilterNone Filter = iota
+	// FilterAddress lets addresses that the guest has sent to.
+	FilterAddress
+	// FilterPort lets addresses and ports that the guest has sent to.
+	FilterPort
+)
+
+// Net is the network of one guest's interface.
+//
+// Process and the queues are the workers'; all else is safe for concurrent use.
+type Net struct {
+	conf    Config
+	log     *slog.Logger
+	guest   uint32
+	gateway uint32
+	mask    uint32
+	gwMAC   uint64
+	mac     atomic.Uint64 // the guest's, 0 while it is not known
+	mss     uint16        // of the guest's link
+	policy  atomic.Pointer[Policy]
+	service map[serviceKey]target
+	sockets socketBudget
+	workers []*worker
+
+	mu        sync.Mutex // guards what follows
+	listeners map[Forward]*listener
+	closed    bool
+}
+
+type serviceKey struct {
+	proto uint8
+	addr  uint32
+	port  uint16
+}
+
+// target is an address of the host's side. It leaves the place for IPv6.
+type target struct {
+	addr [16]byte // IPv4 as ::ffff:a.b.c.d
+	port uint16
+}
+
+// New makes a Net. Close it after the engine's workers have stopped.
+func New(c Config) (*Net, error) {
+	switch {
+	case !c.Guest.Is4() || !c.Gateway.Is4() || !c.Prefix.Contains(c.Guest) || !c.Prefix.Contains(c.Gateway):
+		return nil, fmt.Errorf("user network: guest %s and gateway %s are not both in %s", c.Guest, c.Gateway, c.Prefix)
+	case c.MTU < 576 || c.MTU > 65535:
+		return nil, fmt.Errorf("user network: MTU %d is not from 576 to 65535", c.MTU)
+	case c.Workers < 1:
+		return nil, errors.New("user network: no worker")
+	}
+	c.Timeouts.defaults()
+	if c.MaxFlows <= 0 {
+		c.MaxFlows = defaultFlows
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	n := &Net{
+		conf: c, log: c.Log, guest: ip4(c.Guest), gateway: ip4(c.Gateway), mask: ^uint32(0) << (32 - c.Prefix.Bits()),
+		gwMAC: mac48(c.GatewayMAC[:]), mss: uint16(c.MTU - ip4Len - tcpLen),
+		service: map[serviceKey]target{}, listeners: map[Forward]*listener{},
+	}
+	n.mac.Store(mac48(c.MAC[:]))
+	n.policy.Store(&c.Policy)
+	n.sockets.init(c.MaxSockets)
+	for _, s := range c.Services {
+		n.service[serviceKey{s.Proto, ip4(s.Addr.Addr()), s.Addr.Port()}] = target{s.To.Addr().As16(), s.To.Port()}
+	}
+	for i := range c.Workers {
+		w, err := newWorker(n, i)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("user network: %w", err), n.Close())
+		}
+		n.workers = append(n.workers, w)
+	}
+	return n, nil
+}
+
+// Close ends all flows and frees all descriptors. The workers must have
+// stopped.
+func (n *Net) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
+	for f, l := range n.listeners {
+		l.close()
+		delete(n.listeners, f)
+	}
+	for _, w := range n.workers {
+		w.close()
+	}
+	return nil
+}
+
+// SetPolicy replaces the policy. Flows that are open go on.
+func (n *Net) SetPolicy(p Policy) { n.policy.Store(&p) }
+
+// Process implements engine.Stage for what the guest sends.
+func (n *Net) Process(b *frame.Batch) {
+	w := n.workers[b.Worker]
+	w.mu.Lock()
+	w.begin(b.Now)
+	elsewhere := w.elsewhere[:0]
+	for i, k := 0, b.Len(); i < k; i++ {
+		f := b.Frame(i)
+		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
+			continue
+		}
+		if !w.guestFrame(b, f) {
+			elsewhere = append(elsewhere, f)
+		}
+	}
+	w.finish(b)
+	w.mu.Unlock()
+	if len(elsewhere) > 0 {
+		n.processElsewhere(w, b, elsewhere)
+	}
+	w.elsewhere = elsewhere[:0]
+}
+
+// processElsewhere takes frames that belong to no flow of their worker to
+// whichever has it. If nobody has, the flow is the worker's own to open.
+func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
+	for _, o := range n.workers {
+		if o == w {
+			continue
+		}
+		left := fs[:0]
+		o.mu.Lock()
+		o.begin(b.Now)
+		for _, f := range fs {
+			if !o.known(b, f) {
+				left = append(left, f)
+			}
+		}
+		o.finish(b)
+		o.mu.Unlock()
+		if fs = left; len(fs) == 0 {
+			return
+		}
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(b.Now)
+	for _, f := range fs {
+		if !w.known(b, f) {
+			w.unknown(b, f)
+		}
+	}
+	w.finish(b)
+}
+
+// guestFrame deals with one frame of the guest. It reports false for one that
+// belongs to no flow of this worker, but may to one of another.
+func (w *worker) guestFrame(b *frame.Batch, f *frame.Frame) bool {
+	n := w.net
+	if int(f.HeadLen) < frame.EthernetLen {
+		f.Drop(frame.ShortFrame)
+		return true
+	}
+	src := mac48(f.Src())
+	if src == 0 || src>>40&1 != 0 {
+		f.Drop(frame.BadSource)
+		return true
+	}
+	switch f.EtherType() {
+	case frame.TypeARP:
+		w.arp(b, f, src)
+		return true
+	case frame.TypeIPv4:
+	default:
+		f.Drop(frame.NotCarried)
+		return true
+	}
+	if r := f.ParseIPv4(); r != frame.ReasonNone {
+		f.Drop(r)
+		return true
+	}
+	if f.SrcIP4() != n.guest {
+		f.Drop(frame.Spoofed)
+		return true
+	}
+	if mac48(f.Dst()) != n.gwMAC {
+		f.Drop(frame.NotCarried) // to a group, or to nobody here
+		return true
+	}
+	if n.mac.Load() != src {
+		n.mac.Store(src)
+	}
+	if r := w.martian(f); r != frame.ReasonNone {
+		f.Drop(r)
+		return true
+	}
+	if f.Frag || f.MoreFrags() {
+		if f = w.reassemble(b, f); f == nil {
+			return true
+		}
+	}
+	if !w.sumOK(f) {
+		f.Drop(frame.BadChecksum)
+		return true
+	}
+	if f.TTL() <= 1 && f.DstIP4() != n.gateway {
+		w.icmpError(b, f, icmpTimeExceeded, 0, 0)
+		f.Drop(frame.TTLExpired)
+		return true
+	}
+	if w.known(b, f) {
+		return true
+	}
+	if len(n.workers) > 1 && mayMove(f) {
+		return false
+	}
+	w.unknown(b, f)
+	return true
+}
+
+// mayMove says whether a flow of the frame's kind may be another worker's.
+func mayMove(f *frame.Frame) bool {
+	return f.Proto == frame.ProtoTCP || f.Proto == frame.ProtoUDP || f.Proto == frame.ProtoICMP
+}
+
+// known deals with a frame of a flow that this worker has, and reports whether
+// it has it.
+func (w *worker) known(b *frame.Batch, f *frame.Frame) bool {
+	switch f.Proto {
+	case frame.ProtoTCP:
+		i := w.table.find(tcpKey(f))
+		if i < 0 {
+			return false
+		}
+		w.tcpSegment(b, f, i)
+	case frame.ProtoUDP:
+		i := w.table.find(udpKey(f))
+		if i < 0 {
+			return false
+		}
+		w.udpDatagram(b, f, i)
+	case frame.ProtoICMP:
+		return w.icmpKnown(b, f)
+	default:
+		return false
+	}
+	return true
+}
+
+// unknown deals with a frame of a flow that no worker has.
+func (w *worker) unknown(b *frame.Batch, f *frame.Frame) {
+	switch f.Proto {
+	case frame.ProtoTCP:
+		w.tcpOpen(b, f)
+	case frame.ProtoUDP:
+		w.udpOpen(b, f)
+	case frame.ProtoICMP:
+		w.icmpOpen(b, f)
+	default:
+		w.refuse(b, f, icmpUnreachable, codeProtocol, frame.NotCarried)
+	}
+}
+
+// martian says whether a destination is one that nothing is sent to: a group,
+// this host by its own name, or the guest itself.
+func (w *worker) martian(f *frame.Frame) frame.DropReason {
+	switch dst := f.DstIP4(); {
+	case dst>>28 >= 14, dst>>24 == 127, dst>>24 == 0, dst == w.net.guest:
+		return frame.NotCarried
+	}
+	return frame.ReasonNone
+}
+
+// resolve is where on the host what the guest sends to an address goes. It
+// reports false for an address that is in the guest's own network and stands
+// for nothing.
+func (n *Net) resolve(proto uint8, addr uint32, port uint16) (t target, ok bool) {
+	if addr&n.mask != n.gateway&n.mask {
+		return target{mapped(addr), port}, true
+	}
+	if t, ok := n.service[serviceKey{proto, addr, port}]; ok {
+		return t, true
+	}
+	if addr == n.gateway && n.conf.Loopback {
+		return target{mapped(loopback), port}, true
+	}
+	return target{}, false
+}
+
+const loopback = 127<<24 | 1
+
+// mapped is an IPv4 address as one of IPv6.
+func mapped(a uint32) (b [16]byte) {
+	b[10], b[11] = 0xff, 0xff
+	binary.BigEndian.PutUint32(b[12:], a)
+	return b
+}
+
+// unmapped is the IPv4 address that mapped was given.
+func unmapped(b *[16]byte) uint32 { return binary.BigEndian.Uint32(b[12:]) }
+
+func ip4(a netip.Addr) uint32 {
+	b := a.As4()
+	return binary.BigEndian.Uint32(b[:])
+}
+
+func mac48(b []byte) uint64 {
+	return uint64(binary.BigEndian.Uint16(b))<<32 | uint64(binary.BigEndian.Uint32(b[2:]))
+}
+
+func putMAC(b []byte, m uint64) {
+	binary.BigEndian.PutUint16(b, uint16(m>>32))
+	binary.BigEndian.PutUint32(b[2:], uint32(m))
+}

@@ -1,0 +1,407 @@
+package usernet
+
+import (
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+const (
+	// eventsMax is how many sockets one look at the epoll set tells of.
+	eventsMax = 64
+	notReady  = int32(-2)
+	iovMax    = 1024 // UIO_MAXIOV
+)
+
+// What an event's 64 bits say: a kind, and a flow's place and generation.
+const (
+	eventFlow = iota
+	eventListener
+	eventTimer
+)
+
+func eventData(kind int, i int32, gen uint32) (fd, pad int32) {
+	return int32(gen), int32(kind)<<28 | i&(1<<28-1)
+}
+
+// worker is what one of the engine's workers has of a Net.
+type worker struct {
+	net *Net
+	id  int
+
+	mu    sync.Mutex // see the package's comment; guards all below
+	now   int64      // the batch's
+	tick  uint32
+	table table
+	wheel wheel
+	epfd  int
+	timer int    // a timerfd, in epfd
+	alarm uint32 // when it goes off, in ticks; 0 if it does not
+	full  bool   // the last look at epfd may not have told everything
+	// blocked says that all ready flows wait for buffers of the guest's.
+	blocked bool
+	frags   reassembler
+	limits  rateLimit
+	stats   Stats
+
+	// Flows that may have something for the guest, in turn.
+	readyHead, readyTail int32
+	// Flows that the present batch touched, and what is to be told to the
+	// guest of them at its end.
+	touched []int32
+	// What waits to be sent to one socket.
+	out outgoing
+	// Acknowledgements that may travel with data, and since when the oldest
+	// waits.
+	delayed   []delayedAck
+	ackSince  int64
+	elsewhere []*frame.Frame // the worker's own, not guarded
+
+	// Buffers reserved in this turn, and how many hold frames, by pair.
+	rooms []roomUse
+	msg   unix.Msghdr
+	iovs  [iovMax]unix.Iovec
+	addr  unix.RawSockaddrInet4
+	sa    unix.SockaddrInet4
+	udp   udpScratch
+	evs   [eventsMax]unix.EpollEvent
+	queue Queue
+}
+
+type roomUse struct {
+	room  Room
+	bufs  [][]byte
+	used  int
+	short bool // it had too few buffers, and flows wait for more
+}
+
+func newWorker(n *Net, id int) (*worker, error) {
+	w := &worker{net: n, id: id, epfd: -1, timer: -1, readyHead: none, readyTail: none}
+	w.queue.w = w
+	w.table.init(n.conf.MaxFlows)
+	w.wheel.init(&w.table, 0)
+	for _, r := range n.conf.Rooms {
+		w.rooms = append(w.rooms, roomUse{room: r})
+	}
+	var err error
+	if w.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("epoll: %w", err)
+	}
+	if w.timer, err = unix.TimerfdCreate(unix.CLOCK_MONOTONIC, unix.TFD_CLOEXEC|unix.TFD_NONBLOCK); err != nil {
+		w.close()
+		return nil, fmt.Errorf("timer: %w", err)
+	}
+	if err = w.watch(int32(w.timer), unix.EPOLLIN|unix.EPOLLET, eventTimer, 0, 0); err != nil {
+		w.close()
+		return nil, fmt.Errorf("timer: %w", err)
+	}
+	return w, nil
+}
+
+// watch lets events of a descriptor be told, until it is closed.
+func (w *worker) watch(fd int32, events uint32, kind int, i int32, gen uint32) error {
+	ev := unix.EpollEvent{Events: events}
+	ev.Fd, ev.Pad = eventData(kind, i, gen)
+	return unix.EpollCtl(w.epfd, unix.EPOLL_CTL_ADD, int(fd), &ev)
+}
+
+func (w *worker) close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range int32(w.table.used) {
+		if f := w.table.at(i); f.state != stateFree {
+			w.drop(i)
+		}
+	}
+	for _, fd := range []int{w.epfd, w.timer} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+	}
+	w.epfd, w.timer = -1, -1
+}
+
+// begin is called with the lock held before anything else is done in a batch.
+func (w *worker) begin(now int64) {
+	w.now = now
+	if t := uint32(now >> tickShift); t != w.tick {
+		w.tick = t
+	}
+}
+
+// finish does what is done once for all frames of a batch: data goes to the
+// sockets, acknowledged bytes leave them, the guest is told of both.
+func (w *worker) finish(b *frame.Batch) {
+	w.flush(b)
+	w.udpFlush(b)
+	w.settle(b)
+}
+
+// settle does what finish does, but for the data.
+func (w *worker) settle(b *frame.Batch) {
+	for k := 0; k < len(w.touched); k++ {
+		i := w.touched[k]
+		if i == none {
+			continue // it has ended since
+		}
+		w.table.at(i).batchAt = -1
+		w.tcpSettle(b, i)
+	}
+	w.touched = w.touched[:0]
+}
+
+// touch puts a flow among those that the batch has touched.
+func (w *worker) touch(i int32) {
+	if f := w.table.at(i); f.batchAt < 0 {
+		f.batchAt = int16(len(w.touched))
+		w.touched = append(w.touched, i)
+	}
+}
+
+// ready puts a flow at the end of those that may have something for the guest.
+func (w *worker) ready(i int32) {
+	f := w.table.at(i)
+	if f.readyNext != notReady {
+		return
+	}
+	f.readyNext, f.readyPrev = none, w.readyTail
+	if w.readyTail == none {
+		w.readyHead = i
+	} else {
+		w.table.at(w.readyTail).readyNext = i
+	}
+	w.readyTail = i
+}
+
+// unready takes a flow out of those.
+func (w *worker) unready(i int32) {
+	f := w.table.at(i)
+	if f.readyNext == notReady {
+		return
+	}
+	if f.readyPrev == none {
+		w.readyHead = f.readyNext
+	} else {
+		w.table.at(f.readyPrev).readyNext = f.readyNext
+	}
+	if f.readyNext == none {
+		w.readyTail = f.readyPrev
+	} else {
+		w.table.at(f.readyNext).readyPrev = f.readyPrev
+	}
+	f.readyNext, f.readyPrev = notReady, none
+}
+
+// drop ends a flow without another word to anybody.
+func (w *worker) drop(i int32) {
+	f := w.table.at(i)
+	if f.fd >= 0 {
+		_ = unix.Close(int(f.fd))
+		w.net.sockets.give()
+	}
+	w.wheel.stop(i)
+	w.unready(i)
+	if f.batchAt >= 0 {
+		w.touched[f.batchAt] = none
+	}
+	w.stats.closed(f.proto)
+	w.table.remove(i)
+}
+
+// Queue is the host's side of a Net for one worker: an engine.Queue.
+type Queue struct {
+	w       *worker
+	watcher Watcher
+}
+
+// Watcher wakes the worker. See vhostuser.Watcher.
+type Watcher interface {
+	Watch(fd int) error
+	Unwatch(fd int)
+	Wake()
+}
+
+// Queue returns what a worker serves of the host's side.
+func (n *Net) Queue(worker int) *Queue { return &n.workers[worker].queue }
+
+// SetWatcher tells the queue whom to wake. It is called before a worker uses
+// the queue.
+func (q *Queue) SetWatcher(w Watcher) error {
+	q.watcher = w
+	return w.Watch(q.w.epfd)
+}
+
+// Pull looks at the host's sockets and brings what they have for the guest. See
+// engine.Queue.
+func (q *Queue) Pull(b *frame.Batch) int {
+	w := q.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(b.Now)
+	w.events(b)
+	if w.tick != w.wheel.now {
+		w.wheel.advance(w.tick, func(i int32) { w.expired(b, i) })
+	}
+	w.pump(b)
+	w.finish(b)
+	w.sendDelayed(b)
+	for i := range w.rooms {
+		r := &w.rooms[i]
+		if r.bufs != nil {
+			r.room.Keep(r.used)
+			r.bufs = nil
+		}
+	}
+	return b.Len()
+}
+
+// Release implements engine.Queue.
+func (q *Queue) Release(*frame.Batch) {
+	w := q.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range w.rooms {
+		if r := &w.rooms[i]; r.used > 0 {
+			r.room.Free()
+			r.used = 0
+		}
+	}
+}
+
+// events takes what the epoll set tells.
+func (w *worker) events(b *frame.Batch) {
+	n := epollReady(w.epfd, w.evs[:])
+	w.full = n == len(w.evs)
+	for k := range w.evs[:n] {
+		ev := &w.evs[k]
+		i, gen := ev.Pad<<4>>4, uint32(ev.Fd)
+		switch int(ev.Pad>>28) & 15 {
+		case eventFlow:
+			if int(i) >= w.table.used {
+				continue
+			}
+			if f := w.table.at(i); f.state == stateFree || f.gen != gen {
+				continue // of a socket that is closed
+			}
+			w.socketEvent(b, i, ev.Events)
+		case eventListener:
+			w.listenerEvent(b, i, gen)
+		case eventTimer:
+			w.alarm = 0
+		}
+	}
+}
+
+// socketEvent is told what became possible with a flow's socket.
+func (w *worker) socketEvent(b *frame.Batch, i int32, events uint32) {
+	switch w.table.at(i).proto {
+	case frame.ProtoTCP:
+		w.tcpEvent(b, i, events)
+	case frame.ProtoUDP:
+		w.udpEvent(i, events)
+	default:
+		w.echoEvent(i, events)
+	}
+}
+
+// pump lets the flows that may have something for the guest bring it, each as
+// much as is fair, while the batch has room.
+func (w *worker) pump(b *frame.Batch) {
+	for i := w.readyHead; i != none && b.Len() <= frame.BatchSize-pumpFrames; {
+		f := w.table.at(i)
+		next := f.readyNext
+		var verdict pumped
+		switch f.proto {
+		case frame.ProtoTCP:
+			verdict = w.tcpPump(b, i)
+		case frame.ProtoUDP:
+			verdict = w.udpPump(b, i)
+		default:
+			verdict = w.echoPump(b, i)
+		}
+		switch {
+		case verdict == pumpGone: // the flow is no more, and out of the list
+		case verdict == pumpAgain:
+			// Behind all others, so that each has its turn.
+			w.unready(i)
+			w.ready(i)
+			if next == none {
+				next = i
+			}
+		case verdict == pumpWait: // for the guest's buffers; it keeps its place
+		default:
+			w.unready(i)
+		}
+		i = next
+	}
+}
+
+// pumped is what a flow's turn to bring something came to.
+type pumped uint8
+
+const (
+	pumpDone  pumped = iota // there is no more for now; an event will tell
+	pumpAgain               // there may be more
+	pumpWait                // there is more, but the guest has no buffers
+	pumpGone                // the flow has ended
+)
+
+// expired is called when a flow's timer has gone off.
+func (w *worker) expired(b *frame.Batch, i int32) {
+	switch w.table.at(i).proto {
+	case frame.ProtoTCP:
+		w.tcpTimer(b, i)
+	default:
+		w.mappingTimer(i)
+	}
+}
+
+// Arm says whether there is work already, and otherwise has the worker woken
+// when there is. See engine.Queue.
+func (q *Queue) Arm() (more bool) {
+	w := q.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.full || len(w.delayed) > 0 {
+		w.ackSince = 0 // what waits goes with the next Pull
+		return true
+	}
+	for i := range w.rooms {
+		if r := &w.rooms[i]; r.short && r.room.Arm() {
+			return true
+		}
+	}
+	if w.readyHead != none && !w.blocked {
+		return true
+	}
+	w.setAlarm()
+	return false
+}
+
+// setAlarm has the worker woken when the next timer is due, if it would not be
+// before.
+func (w *worker) setAlarm() {
+	next, ok := w.wheel.next()
+	if !ok || w.alarm != 0 && int32(w.alarm-next) <= 0 {
+		return
+	}
+	if setTimer(w.timer, int64(next)<<tickShift-w.now) == 0 {
+		w.alarm = next
+	}
+}
+
+// Disarm implements engine.Queue.
+func (q *Queue) Disarm() {
+	w := q.w
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for i := range w.rooms {
+		if r := &w.rooms[i]; r.short {
+			r.short = false
+			r.room.Disarm()
+		}
+	}
+}
