@@ -21,7 +21,8 @@ var fallbackDNS = netip.AddrFrom4([4]byte{8, 8, 8, 8})
 const defaultSearch = "cluster.local"
 
 // Resolv is what a resolv.conf says: the name servers of both families, in
-// order and without zones, and the search domains as they are written.
+// order, those on a link with its zone, and the search domains as they are
+// written.
 type Resolv struct {
 	Servers []netip.Addr
 	Search  []string
@@ -76,7 +77,10 @@ func ParseResolvConf(from io.Reader) (Resolv, error) {
 // count as decimal as they do for Kubernetes.
 func parseServer(s string) (netip.Addr, bool) {
 	if a, err := netip.ParseAddr(s); err == nil {
-		return a.WithZone("").Unmap(), true
+		if !a.IsLinkLocalUnicast() {
+			a = a.WithZone("")
+		}
+		return a.Unmap(), true
 	}
 	parts := strings.Split(s, ".")
 	if len(parts) != 4 {
@@ -95,21 +99,35 @@ func parseServer(s string) (netip.Addr, bool) {
 
 // DNS4 returns the name servers for option 6. A resolver on the host's
 // loopback, of either family, is no use to a guest: the gateway, which
-// forwards, stands for it. Without any server of either family it is 8.8.8.8.
+// forwards, stands for it, and for all of them if none has an IPv4 address.
+// Without any server of either family it is 8.8.8.8.
 func (r Resolv) DNS4(gateway netip.Addr) []netip.Addr {
+	servers, _ := r.dns4(gateway)
+	return servers
+}
+
+// Relayed says whether DNS4 has the gateway stand for others.
+func (r Resolv) Relayed() bool {
+	_, relayed := r.dns4(netip.IPv4Unspecified())
+	return relayed
+}
+
+func (r Resolv) dns4(gateway netip.Addr) (out []netip.Addr, relayed bool) {
 	if len(r.Servers) == 0 {
-		return []netip.Addr{fallbackDNS}
+		return []netip.Addr{fallbackDNS}, false
 	}
-	var out []netip.Addr
 	for _, a := range r.Servers {
 		if a.IsLoopback() || a.IsUnspecified() {
-			a = gateway
+			a, relayed = gateway, true
 		}
 		if a.Is4() && !slices.Contains(out, a) {
 			out = append(out, a)
 		}
 	}
-	return out
+	if len(out) == 0 {
+		return []netip.Addr{gateway}, true
+	}
+	return out, relayed
 }
 
 // SearchDomains returns the search list for a guest whose VMI has that

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,13 +24,14 @@ func TestResolvConf(t *testing.T) {
 	for _, c := range []struct {
 		name, text string
 		dns4       []netip.Addr
-		search     []string
+		search     []string // the gateway, 10.0.2.1, is only among dns4 where it relays
 	}{
 		{"pod", "search ns.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.96.0.10\noptions ndots:5\n",
 			addrList("10.96.0.10"), []string{"ns.svc.cluster.local", "svc.cluster.local", "cluster.local"}},
 		{"empty", "", addrList("8.8.8.8"), []string{"cluster.local"}},
 		{"no server", "search a.example\n", addrList("8.8.8.8"), []string{"a.example"}},
-		{"IPv6 only", "nameserver fd00::a\n", nil, []string{"cluster.local"}},
+		{"IPv6 only", "nameserver fd00::a\nnameserver fd00::b\n", addrList("10.0.2.1"), []string{"cluster.local"}},
+		{"IPv6 of the link only", "nameserver fe80::1%eth0\n", addrList("10.0.2.1"), []string{"cluster.local"}},
 		{"both", "nameserver fd00::a\nnameserver 1.1.1.1\n", addrList("1.1.1.1"), []string{"cluster.local"}},
 		{"leading zeros (1779)", "nameserver 01.1.1.1\nnameserver 8.8.008.8\n", addrList("1.1.1.1", "8.8.8.8"), []string{"cluster.local"}},
 		{"systemd-resolved", "nameserver 127.0.0.53\noptions edns0 trust-ad\nsearch .\n", addrList("10.0.2.1"), []string{"."}},
@@ -46,6 +48,7 @@ func TestResolvConf(t *testing.T) {
 			r, err := ParseResolvConf(strings.NewReader(c.text))
 			require.NoError(t, err)
 			assert.Equal(t, c.dns4, r.DNS4(serverIP))
+			assert.Equal(t, slices.Contains(c.dns4, serverIP), r.Relayed())
 			assert.Equal(t, c.search, r.SearchDomains(""))
 		})
 	}
@@ -78,6 +81,13 @@ func TestResolvConfFile(t *testing.T) {
 	r, err := ResolvConf(path)
 	require.NoError(t, err)
 	assert.Equal(t, addrList("1.1.1.1"), r.Servers)
+}
+
+// A zone means something on a link only.
+func TestServersOfALink(t *testing.T) {
+	r, err := ParseResolvConf(strings.NewReader("nameserver fe80::1%eth0\nnameserver fe80::1%net1\nnameserver fd00::1%eth0\nnameserver fd00::1\n"))
+	require.NoError(t, err)
+	assert.Equal(t, addrList("fe80::1%eth0", "fe80::1%net1", "fd00::1"), r.Servers)
 }
 
 // Whatever the file holds, the server can be made from it.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 
@@ -25,13 +26,14 @@ const dnsPort = 53
 
 // resolver follows the pod's resolv.conf for a guest. Servers that the guest
 // can reach itself are in its lease as they are. Where one is on the pod's
-// loopback, the gateway is instead, and a relay there asks all of them, as a
-// process of the pod.
+// loopback, or none has an IPv4 address, the gateway is instead, and a relay
+// there asks all of them, as a process of the pod.
 type resolver struct {
 	path    string // of the resolv.conf
 	netns   string
 	tap     string // link with the gateway's address
 	gateway netip.Addr
+	shown   netip.Addr // the gateway as the guest sees it
 	relay   *dns.Server
 	log     *slog.Logger
 
@@ -45,6 +47,7 @@ type resolver struct {
 type ResolverStatus struct {
 	File    string           `json:"file"`
 	Servers []netip.Addr     `json:"servers"`          // that it names
+	Leased  []netip.Addr     `json:"leased,omitempty"` // whom the guest's next lease names
 	Listen  *netip.AddrPort  `json:"listen,omitempty"` // the relay at the gateway, if there is one
 	Asks    []netip.AddrPort `json:"asks,omitempty"`   // whom it asks, in order
 	Error   string           `json:"error,omitempty"`
@@ -55,7 +58,7 @@ type ResolverStatus struct {
 func newResolver(o *options, n *podNIC, log *slog.Logger) (*resolver, error) {
 	r := &resolver{
 		path: resolvConf(o, n.pod.netns), netns: n.pod.netns, tap: uplink.TapName(n.pod.link, n.index), gateway: n.gateway.Addr(),
-		log: log.With("interface", n.name()),
+		shown: n.iface.Network.Gateway, log: log.With("interface", n.name()),
 	}
 	var err error
 	if r.conf, err = dhcp.ResolvConf(r.path); err != nil {
@@ -123,12 +126,12 @@ func (r *resolver) reload() bool {
 	return true
 }
 
-// serve begins to relay when a resolver is on the pod's loopback. It goes on
-// when that changes: the guest's lease may still say so.
+// serve begins to relay when the gateway stands for a resolver. It goes on when
+// that changes: the guest's lease may still say so.
 func (r *resolver) serve(ctx context.Context, wg *sync.WaitGroup) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.listen.IsValid() || !slices.ContainsFunc(r.conf.Servers, isPods) {
+	if r.listen.IsValid() || !r.conf.Relayed() {
 		return
 	}
 	addr := netip.AddrPortFrom(r.gateway, dnsPort)
@@ -140,9 +143,6 @@ func (r *resolver) serve(ctx context.Context, wg *sync.WaitGroup) {
 	r.listen = addr
 	wg.Go(func() { r.relay.Serve(ctx, udp, tcp) })
 }
-
-// isPods says whether only the pod itself can reach a resolver.
-func isPods(a netip.Addr) bool { return a.IsLoopback() || a.IsUnspecified() }
 
 // targets are whom the relay asks: everybody but itself.
 func (r *resolver) targets(conf dhcp.Resolv) []netip.AddrPort {
@@ -194,10 +194,24 @@ func (r *resolver) dial(ctx context.Context, network, addr string) (c net.Conn, 
 		return nil
 	})}
 	err = uplink.InNetNS(r.netns, func() error {
-		c, err = d.DialContext(ctx, network, addr)
+		c, err = d.DialContext(ctx, network, numericZone(addr))
 		return err
 	})
 	return c, err
+}
+
+// numericZone replaces the name of the link in a numeric address by the link's
+// index in this namespace: net remembers names, but not whose they are.
+func numericZone(addr string) string {
+	a, err := netip.ParseAddrPort(addr)
+	if err != nil || a.Addr().Zone() == "" {
+		return addr
+	}
+	l, err := net.InterfaceByName(a.Addr().Zone())
+	if err != nil {
+		return addr // a number, or a link that is not there
+	}
+	return netip.AddrPortFrom(a.Addr().WithZone(strconv.Itoa(l.Index)), a.Port()).String()
 }
 
 // control makes a function for a socket one for net.
@@ -214,7 +228,7 @@ func control(f func(fd int) error) func(network, address string, c syscall.RawCo
 func (r *resolver) status() ResolverStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	st := ResolverStatus{File: r.path, Servers: r.conf.Servers, Relay: r.relay.Stats()}
+	st := ResolverStatus{File: r.path, Servers: r.conf.Servers, Leased: r.conf.DNS4(r.shown), Relay: r.relay.Stats()}
 	if r.listen.IsValid() {
 		listen := r.listen
 		st.Listen, st.Asks = &listen, r.relay.Resolvers()
@@ -234,9 +248,9 @@ func (st ResolverStatus) String() string {
 		return fmt.Sprintf("%s asks %v: %d queries, %d answers, %d failures, %d over TCP", st.Listen, st.Asks,
 			st.Relay.Queries, st.Relay.Answers, st.Relay.Failures, st.Relay.Conns)
 	case len(st.Servers) == 0:
-		return "no resolver in " + st.File
+		return fmt.Sprintf("no resolver in %s: the guest asks %v", st.File, st.Leased)
 	}
-	return fmt.Sprintf("the guest asks %v", st.Servers)
+	return fmt.Sprintf("the guest asks %v", st.Leased)
 }
 
 // resolvConf is the file that names the pod's resolvers: what the flag says,

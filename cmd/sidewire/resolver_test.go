@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -15,7 +17,9 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"sidewire/dhcp"
 	"sidewire/engine/enginetest"
+	sidewiredns "sidewire/nat/dns"
 	"sidewire/vhostuser/vhosttest"
 )
 
@@ -54,19 +58,25 @@ func stub(w dns.ResponseWriter, q *dns.Msg) {
 func startStub(t *testing.T, w *enginetest.World, addr string) {
 	t.Helper()
 	c := net.ListenConfig{Control: control(func(fd int) error { return unix.BindToDevice(fd, "lo") })}
-	require.NoError(t, w.Pod.Do(func() error {
-		pc, err := c.ListenPacket(context.Background(), "udp4", addr)
+	serveDNS(t, w.Pod, c, "4", addr, stub)
+}
+
+// serveDNS answers on UDP and TCP of an IP version at an address of a namespace.
+func serveDNS(t *testing.T, ns *enginetest.NetNS, c net.ListenConfig, version, addr string, h dns.HandlerFunc) {
+	t.Helper()
+	require.NoError(t, ns.Do(func() error {
+		pc, err := c.ListenPacket(context.Background(), "udp"+version, addr)
 		if err != nil {
 			return err
 		}
 		t.Cleanup(func() { pc.Close() })
-		l, err := c.Listen(context.Background(), "tcp4", addr)
+		l, err := c.Listen(context.Background(), "tcp"+version, addr)
 		if err != nil {
 			return err
 		}
 		t.Cleanup(func() { l.Close() })
 		for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: l}} {
-			srv.Handler = dns.HandlerFunc(stub)
+			srv.Handler = h
 			go func() { _ = srv.ActivateAndServe() }() // ends with its socket
 		}
 		return nil
@@ -128,6 +138,76 @@ func TestLoopbackResolverIsTheGateway(t *testing.T) {
 			p.stop()
 			assert.Empty(t, changes(before, footprint(t, w.Pod)))
 		})
+	}
+}
+
+// A guest that has IPv4 alone asks the gateway where the pod's resolvers have
+// IPv6 alone, also an address of the link.
+func TestIPv6ResolverIsTheGateway(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	enginetest.Must(t, w.Pod.Addr("eth0", "fd00:53::5/64"), w.Outside.Addr("veth0", "fd00:53::1/64"), w.Outside.Addr("veth0", "fe80::53/64"))
+	serveDNS(t, w.Outside, net.ListenConfig{}, "6", "[::]:53", func(w dns.ResponseWriter, q *dns.Msg) {
+		m := new(dns.Msg)
+		m.SetReply(q)
+		m.Answer = []dns.RR{&dns.TXT{
+			Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeTXT, Class: dns.ClassINET, Ttl: 1}, Txt: []string{w.LocalAddr().Network()},
+		}}
+		_ = w.WriteMsg(m)
+	})
+	for name, addr := range map[string]string{"global": "fd00:53::1", "of the link": "fe80::53%eth0"} {
+		t.Run(name, func(t *testing.T) {
+			w.ResolvConf = writeFile(t, "resolv.conf", "nameserver "+addr+"\n")
+			p := startSidewire(t, w, spec("vm", 1))
+			v := startVM(t, p, vhosttest.Options{})
+			assert.Contains(t, v.run("cat", v.dir+"/resolv.conf"), "nameserver 10.0.2.1")
+			assert.Equal(t, `"udp"`, v.dig("a.example", "TXT"))
+			assert.Equal(t, `"tcp"`, v.dig("+tcp", "a.example", "TXT"))
+			st := p.status().Interfaces[0].DNS
+			assert.Equal(t, "[10.0.2.1]", fmt.Sprint(st.Leased))
+			assert.Contains(t, sidewire(t, "status", "--socket-dir", p.dir).out, "10.0.2.1:53 asks [["+addr+"]:53]: 1 queries, 1 answers")
+			p.stop()
+		})
+	}
+}
+
+// Links of the same name in two namespaces are two links.
+func TestDialByALinkOfTheNamespace(t *testing.T) {
+	enginetest.Need(t, "netns")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	enginetest.Must(t, enginetest.CreateVeth(w.Outside, "eth0", w.Pod, "other"),
+		w.Pod.Addr("eth0", "fe80::5/64"), w.Outside.Addr("eth0", "fe80::5/64"))
+	zones := map[uint32]bool{}
+	for _, ns := range []*enginetest.NetNS{w.Pod, w.Outside} {
+		c, err := (&resolver{netns: ns.Path}).dial(t.Context(), "udp", "[fe80::53%eth0]:53")
+		require.NoError(t, err)
+		defer c.Close()
+		raw, err := c.(*net.UDPConn).SyscallConn()
+		require.NoError(t, err)
+		require.NoError(t, raw.Control(func(fd uintptr) {
+			peer, err := unix.Getpeername(int(fd))
+			require.NoError(t, err)
+			zones[peer.(*unix.SockaddrInet6).ZoneId] = true
+		}))
+	}
+	assert.Equal(t, map[uint32]bool{2: true, 3: true}, zones)
+	for _, same := range []string{"[fe80::1%7]:53", "[fe80::1]:53", "192.0.2.1:53", "a.example:53"} {
+		assert.Equal(t, same, numericZone(same))
+	}
+}
+
+// The status names those whom the guest asks, which are not all of the pod's.
+func TestResolverStatusIsTheGuests(t *testing.T) {
+	for want, conf := range map[string]string{
+		"the guest asks [192.0.2.1]":                                "nameserver fd00::1\nnameserver 192.0.2.1\n",
+		"no resolver in /etc/resolv.conf: the guest asks [8.8.8.8]": "",
+	} {
+		rc, err := dhcp.ParseResolvConf(strings.NewReader(conf))
+		require.NoError(t, err)
+		relay, err := sidewiredns.New(sidewiredns.Config{Allow: netip.MustParsePrefix("10.0.2.2/32")})
+		require.NoError(t, err)
+		r := &resolver{path: "/etc/resolv.conf", shown: netip.MustParseAddr("10.0.2.1"), conf: rc, relay: relay}
+		assert.Equal(t, want, r.status().String())
 	}
 }
 
