@@ -6,9 +6,13 @@
 // that types, flags and extensions which nobody here has heard of work too. A
 // query over UDP goes out from a socket of its own, connected and with a port
 // that the kernel chooses at random; what comes back is an answer only if it
-// has the query's id and question (RFC 5452). TCP stays TCP. A resolver that
-// fails or is silent is followed by the next; if none is left, the guest hears
-// SERVFAIL rather than nothing.
+// has the query's id and question (RFC 5452). TCP stays TCP.
+//
+// A resolver that is silent is followed by the next, and so is one that answers
+// SERVFAIL, NOTIMP or REFUSED, as by the C library's. If no other does better
+// the guest hears the first such answer, and if none has answered, SERVFAIL
+// rather than nothing. Over TCP this goes by the first message of a connection,
+// whose others follow it.
 //
 // Guests are not trusted: what they can have in flight is bounded, everything
 // has a deadline, and only their own network is answered. Resolvers are
@@ -39,8 +43,9 @@ type Config struct {
 	// Dial opens a connected socket to a resolver; nil is a net.Dialer. It is
 	// called by many goroutines at once.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// Timeout is how long one resolver has to answer over UDP, or to accept a
-	// connection: 2 s.
+	// Timeout is how long one resolver has to answer over UDP, to accept a
+	// connection, and to answer its first message if another is left to ask:
+	// 2 s.
 	Timeout time.Duration
 	// Idle is how long a TCP connection may be without a byte in either
 	// direction: 10 s.
@@ -55,13 +60,13 @@ type Stats struct {
 	Queries      uint64 `json:"queries"`      // over UDP
 	Answers      uint64 `json:"answers"`      // a resolver's, over UDP
 	Failures     uint64 `json:"failures"`     // SERVFAIL made here: no resolver answered
-	Retries      uint64 `json:"retries"`      // a resolver failed and the next one was asked
+	Retries      uint64 `json:"retries"`      // a resolver failed, or could not help, and the next one was asked
 	Mismatches   uint64 `json:"mismatches"`   // answers that do not fit their query
 	Malformed    uint64 `json:"malformed"`    // messages that are no query
 	Refused      uint64 `json:"refused"`      // from outside the guest's network
 	Overflows    uint64 `json:"overflows"`    // queries beyond MaxQueries
 	Conns        uint64 `json:"conns"`        // TCP connections
-	ConnFailures uint64 `json:"connFailures"` // no resolver accepted
+	ConnFailures uint64 `json:"connFailures"` // no resolver took the first message
 	ConnOverflow uint64 `json:"connOverflow"` // connections beyond MaxConns
 	InFlight     int    `json:"inFlight"`     // queries and connections now
 }
@@ -71,7 +76,7 @@ type counters struct {
 	conns, connFailures, connOverflow                                              atomic.Uint64
 }
 
-// retryFirst is how long a resolver that failed is not asked first.
+// retryFirst is how long a resolver that was silent is not asked first.
 const retryFirst = 30 * time.Second
 
 // Server relays. It is safe for concurrent use.
@@ -88,7 +93,7 @@ type Server struct {
 type resolverList struct {
 	addrs []netip.AddrPort
 	// first is asked first until, in nanoseconds of the clock since the epoch,
-	// because those before it failed.
+	// because those before it were silent.
 	first atomic.Int32
 	until atomic.Int64
 }
@@ -167,31 +172,37 @@ func troubled(ctx context.Context, err error) bool {
 	}
 }
 
-// try calls ask for one resolver after the other until one has answered.
-// Which of them did so is remembered for a while.
-func (s *Server) try(ctx context.Context, ask func(addr string) bool) bool {
+// outcome is what became of asking a resolver; the greater, the better.
+type outcome int
+
+const (
+	silent   outcome = iota // no answer
+	declined                // one that says that somebody else may know better
+	answered
+)
+
+// try calls ask for one resolver after the other, until one has answered, and
+// returns the best that came of it. The first of them that was not silent is
+// asked first for a while; what one declines says nothing about other names.
+func (s *Server) try(ctx context.Context, ask func(addr string, last bool) outcome) outcome {
 	l := s.resolvers.Load()
 	n := len(l.addrs)
 	first := 0
 	if time.Now().UnixNano() < l.until.Load() {
 		first = int(l.first.Load())
 	}
-	for i := range n {
-		if ctx.Err() != nil {
-			return false
-		}
+	best := silent
+	for i := 0; i < n && best != answered && ctx.Err() == nil; i++ {
 		at := (first + i) % n
 		if i > 0 {
 			s.stats.retries.Add(1)
 		}
-		if !ask(l.addrs[at].String()) {
-			continue
-		}
-		if i > 0 {
+		how := ask(l.addrs[at].String(), i == n-1)
+		if i > 0 && best == silent && how != silent {
 			l.first.Store(int32(at))
 			l.until.Store(time.Now().Add(retryFirst).UnixNano())
 		}
-		return true
+		best = max(best, how)
 	}
-	return false
+	return best
 }

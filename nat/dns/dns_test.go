@@ -76,6 +76,35 @@ func newUpstream(t *testing.T, reply func(query []byte) [][]byte) *upstream {
 	return u
 }
 
+// dead is a resolver that is not there.
+func dead(t *testing.T) *upstream {
+	t.Helper()
+	u := newUpstream(t, nil)
+	u.udp.Close()
+	u.tcp.Close()
+	return u
+}
+
+// hangingUp is a resolver that is silent over UDP and ends connections at once.
+func hangingUp(t *testing.T) *upstream {
+	t.Helper()
+	u := newUpstream(t, nil)
+	u.tcp.Close()
+	l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(u.addr))
+	require.NoError(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	}()
+	return u
+}
+
 func (u *upstream) stream(c *net.TCPConn, reply func([]byte) [][]byte) {
 	defer c.Close()
 	for {
@@ -348,11 +377,8 @@ func TestRFC5625Sec61SourcePorts(t *testing.T) {
 }
 
 func TestNextResolver(t *testing.T) {
-	dead := newUpstream(t, nil)
-	dead.udp.Close()
-	dead.tcp.Close()
 	silent, good := newUpstream(t, nil), newUpstream(t, answers(1, nil))
-	r := newRelay(t, func(c *Config) { c.Timeout = 300 * time.Millisecond }, dead, silent, good)
+	r := newRelay(t, func(c *Config) { c.Timeout = 300 * time.Millisecond }, dead(t), silent, good)
 	q := query("a.example", dns.TypeA, nil)
 	assert.Equal(t, answer(q, 1, nil), r.exchange(q))
 	assert.Equal(t, q, silent.sees(t).data)
@@ -369,6 +395,138 @@ func TestNextResolver(t *testing.T) {
 	r.SetResolvers([]netip.AddrPort{better.addr})
 	assert.Equal(t, []netip.AddrPort{better.addr}, r.Resolvers())
 	assert.Equal(t, answer(q, 2, nil), r.exchange(q))
+}
+
+// says makes a reply of one answer without records.
+func says(rcode int) func([]byte) [][]byte {
+	return answers(0, func(m *dns.Msg) { m.Rcode = rcode })
+}
+
+// ask sends a query over UDP or TCP and returns the answer.
+func (r *relay) ask(network string, q []byte) []byte {
+	r.t.Helper()
+	if network == "udp4" {
+		return r.exchange(q)
+	}
+	c := r.client(network)
+	_, err := c.Write(prefixed(q))
+	require.NoError(r.t, err)
+	a, err := readTCP(c)
+	require.NoError(r.t, err)
+	return a
+}
+
+// A resolver that cannot help is followed by the next, and its answer holds
+// only if none does better.
+func TestNextResolverMayKnowBetter(t *testing.T) {
+	type peer = func(*testing.T) *upstream
+	replying := func(reply func([]byte) [][]byte) peer {
+		return func(t *testing.T) *upstream { return newUpstream(t, reply) }
+	}
+	good, nxdomain, formerr := answers(1, nil), says(dns.RcodeNameError), says(dns.RcodeFormatError)
+	servfail, notimp, refused := says(dns.RcodeServerFailure), says(dns.RcodeNotImplemented), says(dns.RcodeRefused)
+	for name, c := range map[string]struct {
+		ups  []peer
+		want func([]byte) [][]byte
+		asks int // how many
+	}{
+		"SERVFAIL":                  {[]peer{replying(servfail), replying(good)}, good, 2},
+		"NOTIMP":                    {[]peer{replying(notimp), replying(good)}, good, 2},
+		"REFUSED":                   {[]peer{replying(refused), replying(good)}, good, 2},
+		"two of them":               {[]peer{replying(refused), replying(servfail), replying(good), replying(good)}, good, 3},
+		"better is an answer":       {[]peer{replying(servfail), replying(nxdomain), replying(good)}, nxdomain, 2},
+		"NXDOMAIN holds":            {[]peer{replying(nxdomain), replying(good)}, nxdomain, 1},
+		"FORMERR holds":             {[]peer{replying(formerr), replying(good)}, formerr, 1},
+		"the first of those alike":  {[]peer{replying(refused), replying(servfail), replying(notimp)}, refused, 3},
+		"the others are dead":       {[]peer{replying(refused), dead, dead}, refused, 3},
+		"the other is silent":       {[]peer{replying(refused), replying(nil)}, refused, 2},
+		"the other hangs up":        {[]peer{replying(refused), hangingUp}, refused, 2},
+		"behind one that hangs up":  {[]peer{hangingUp, replying(good)}, good, 2},
+		"behind one that is silent": {[]peer{replying(nil), replying(servfail), replying(good)}, good, 3},
+	} {
+		for _, network := range []string{"udp4", "tcp4"} {
+			t.Run(name+"/"+network, func(t *testing.T) {
+				var ups []*upstream
+				for _, up := range c.ups {
+					ups = append(ups, up(t))
+				}
+				r := newRelay(t, func(c *Config) { c.Timeout = 300 * time.Millisecond }, ups...)
+				q := query("a.example", dns.TypeA, nil)
+				assert.Equal(t, c.want(q)[0], r.ask(network, q))
+				st := r.Stats()
+				assert.EqualValues(t, c.asks-1, st.Retries)
+				assert.Zero(t, st.Failures+st.ConnFailures)
+				if network == "udp4" {
+					assert.EqualValues(t, 1, st.Answers)
+				}
+			})
+		}
+	}
+}
+
+// One that declines a name is still the first to be asked about others; one
+// that is dead is not.
+func TestDecliningIsNoFailure(t *testing.T) {
+	declining := func(q []byte) [][]byte {
+		if bytes.Contains(q, []byte("foreign")) {
+			return says(dns.RcodeRefused)(q)
+		}
+		return answers(1, nil)(q)
+	}
+	own, foreign := query("own.example", dns.TypeA, nil), query("foreign.example", dns.TypeA, nil)
+	for _, network := range []string{"udp4", "tcp4"} {
+		r := newRelay(t, nil, newUpstream(t, declining), newUpstream(t, answers(2, nil)))
+		for range 2 {
+			assert.Equal(t, answer(foreign, 2, nil), r.ask(network, foreign))
+			assert.Equal(t, answer(own, 1, nil), r.ask(network, own))
+		}
+		assert.EqualValues(t, 2, r.Stats().Retries)
+		r = newRelay(t, nil, dead(t), newUpstream(t, declining), newUpstream(t, answers(2, nil)))
+		assert.Equal(t, answer(foreign, 2, nil), r.ask(network, foreign))
+		assert.Equal(t, answer(own, 1, nil), r.ask(network, own))
+		assert.EqualValues(t, 2, r.Stats().Retries, "all for the first query")
+	}
+}
+
+// Whatever a guest has written before the first answer is not lost when
+// another resolver is asked, and the connection goes on with who answers.
+func TestTCPGoesOnWithTheNextResolver(t *testing.T) {
+	qs := [][]byte{query("a.example", dns.TypeA, nil), query("b.example", dns.TypeA, nil), query("c.example", dns.TypeA, nil)}
+	long := query("long.example", dns.TypeTXT, func(m *dns.Msg) {
+		m.SetEdns0(4096, false)
+		m.IsEdns0().Option = append(m.IsEdns0().Option, &dns.EDNS0_LOCAL{Code: 65001, Data: make([]byte, 3*pipeBuffer)})
+	})
+	for name, c := range map[string]struct {
+		second func([]byte) [][]byte
+		want   func([]byte) [][]byte
+	}{
+		"it answers":      {answers(100, nil), answers(100, nil)},
+		"it declines too": {says(dns.RcodeServerFailure), says(dns.RcodeRefused)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			refusing := newUpstream(t, says(dns.RcodeRefused))
+			r := newRelay(t, nil, refusing, newUpstream(t, c.second), newUpstream(t, says(dns.RcodeNotImplemented)))
+			conn := r.client("tcp4")
+			all := append(append(prefixed(long), prefixed(qs[0])...), prefixed(qs[1])...)
+			for _, part := range [][]byte{all[:1], all[1:5000], all[5000:]} {
+				_, err := conn.Write(part)
+				require.NoError(t, err)
+			}
+			for i, q := range append([][]byte{long}, qs...) {
+				if i == 3 { // another, when the first are answered
+					_, err := conn.Write(prefixed(q))
+					require.NoError(t, err)
+				}
+				got, err := readTCP(conn)
+				require.NoError(t, err)
+				require.True(t, bytes.Equal(c.want(q)[0], got), "query %d", i)
+			}
+			require.NoError(t, conn.(*net.TCPConn).CloseWrite())
+			_, err := conn.Read([]byte{0})
+			require.ErrorIs(t, err, io.EOF)
+			r.eventually(func(s Stats) bool { return s.InFlight == 0 && s.ConnFailures == 0 })
+		})
+	}
 }
 
 func rcode(t *testing.T, msg []byte) int {

@@ -13,6 +13,8 @@ const (
 
 	rcodeFormErr  = 1
 	rcodeServFail = 2
+	rcodeNotImp   = 4
+	rcodeRefused  = 5
 )
 
 func flags(msg []byte) uint16   { return binary.BigEndian.Uint16(msg[2:]) }
@@ -70,6 +72,16 @@ func fits(query, answer []byte, name, end int) bool {
 		}
 	}
 	return true
+}
+
+// declines says whether an answer is a resolver's word that it cannot or will
+// not help, not that nobody could.
+func declines(answer []byte) bool {
+	switch flags(answer) & maskRcode {
+	case rcodeServFail, rcodeNotImp, rcodeRefused:
+		return true
+	}
+	return false
 }
 
 func lower(c byte) byte {

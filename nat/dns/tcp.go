@@ -1,15 +1,24 @@
 package dns
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
+	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 )
 
-// pipeBuffer is what a connection has for each direction.
-const pipeBuffer = 4 << 10
+const (
+	// pipeBuffer is what a connection has for each direction.
+	pipeBuffer = 4 << 10
+	// lengthLen is the length of a message's length before it (RFC 1035 section
+	// 4.2.2).
+	lengthLen = 2
+)
 
 // serveTCP accepts connections until the listener is closed.
 func (s *Server) serveTCP(ctx context.Context, l *net.TCPListener, wg *sync.WaitGroup) {
@@ -45,21 +54,14 @@ func (s *Server) serveTCP(ctx context.Context, l *net.TCPListener, wg *sync.Wait
 }
 
 // join joins a guest's connection to a resolver. Nobody is called before the
-// guest has said something.
+// guest has asked something.
 func (s *Server) join(ctx context.Context, guest *net.TCPConn) {
-	b := make([]byte, 2*pipeBuffer)
-	_ = guest.SetDeadline(time.Now().Add(s.c.Idle))
-	n, err := guest.Read(b[:pipeBuffer])
+	first, err := s.firstMessage(guest)
 	if err != nil {
 		return
 	}
-	var up net.Conn
-	if !s.try(ctx, func(addr string) bool {
-		ctx, cancel := context.WithTimeout(ctx, s.c.Timeout)
-		defer cancel()
-		up, err = s.c.Dial(ctx, "tcp", addr)
-		return err == nil
-	}) {
+	up, head := s.call(ctx, first)
+	if up == nil {
 		s.stats.connFailures.Add(1)
 		_ = guest.SetLinger(0)
 		return
@@ -72,9 +74,10 @@ func (s *Server) join(ctx context.Context, guest *net.TCPConn) {
 		_ = up.SetDeadline(at)
 	}
 	alive()
-	if _, err := up.Write(b[:n]); err != nil {
+	if _, err := guest.Write(head); err != nil {
 		return
 	}
+	b := make([]byte, 2*pipeBuffer)
 	var wg sync.WaitGroup
 	wg.Go(func() { pipe(up, guest, b[:pipeBuffer], alive) })
 	pipe(guest, up, b[pipeBuffer:], alive)
@@ -82,6 +85,68 @@ func (s *Server) join(ctx context.Context, guest *net.TCPConn) {
 	guest.Close()
 	up.Close()
 	wg.Wait()
+}
+
+// firstMessage reads until a message is whole, with what has come behind it.
+func (s *Server) firstMessage(guest net.Conn) ([]byte, error) {
+	b := make([]byte, 0, pipeBuffer)
+	for len(b) < lengthLen || len(b) < lengthLen+int(binary.BigEndian.Uint16(b)) {
+		_ = guest.SetDeadline(time.Now().Add(s.c.Idle))
+		b = slices.Grow(b, 1)
+		n, err := guest.Read(b[len(b):cap(b)])
+		if b = b[:len(b)+n]; err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// call writes a connection's first message to resolvers until one does not
+// decline. It returns the connection to that one, or else to the first of the
+// others, with what it has read of the answer; nil if there is none. Where only
+// one is left that may answer, nothing is read.
+func (s *Server) call(ctx context.Context, first []byte) (up net.Conn, head []byte) {
+	s.try(ctx, func(addr string, last bool) outcome {
+		ctx, cancel := context.WithTimeout(ctx, s.c.Timeout)
+		defer cancel()
+		c, err := s.c.Dial(ctx, "tcp", addr)
+		if err != nil {
+			return silent
+		}
+		h, how := s.send(ctx, c, first, !last || up != nil)
+		switch {
+		case how == silent, how == declined && up != nil:
+			c.Close()
+			return how
+		case up != nil:
+			up.Close()
+		}
+		up, head = c, h
+		return how
+	})
+	return up, head
+}
+
+// send writes a first message to a resolver. If it is to look, it waits for
+// the head of an answer, which it returns.
+func (s *Server) send(ctx context.Context, c net.Conn, first []byte, look bool) ([]byte, outcome) {
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	_ = c.SetDeadline(time.Now().Add(s.c.Timeout))
+	if _, err := c.Write(first); err != nil {
+		return nil, silent
+	}
+	if !look {
+		return nil, answered
+	}
+	head := make([]byte, lengthLen+headerLen)
+	if _, err := io.ReadFull(c, head); err != nil {
+		return nil, silent
+	}
+	// Of several queries another's answer may come first.
+	if bytes.HasPrefix(first[lengthLen:], head[lengthLen:lengthLen+2]) && declines(head[lengthLen:]) {
+		return head, declined
+	}
+	return head, answered
 }
 
 // pipe copies until the end, which it passes on.

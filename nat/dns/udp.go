@@ -16,6 +16,7 @@ type exchange struct {
 	query     []byte
 	name, end int // of the question
 	answer    [maxMessage]byte
+	declined  []byte // the first answer of a resolver that declines
 }
 
 // serveUDP reads queries until the socket is closed.
@@ -52,7 +53,7 @@ func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGro
 			continue
 		}
 		x := s.exchanges.Get().(*exchange)
-		x.query, x.name, x.end = append(x.query[:0], query...), name, end
+		x.query, x.name, x.end, x.declined = append(x.query[:0], query...), name, end, x.declined[:0]
 		wg.Go(func() {
 			s.relay(ctx, pc, from, x)
 			s.exchanges.Put(x)
@@ -65,13 +66,31 @@ func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGro
 // are.
 func (s *Server) relay(ctx context.Context, pc *net.UDPConn, to netip.AddrPort, x *exchange) {
 	n := 0
-	if s.try(ctx, func(addr string) bool { n = s.ask(ctx, addr, x); return n > 0 }) {
+	best := s.try(ctx, func(addr string, _ bool) outcome {
+		n = s.ask(ctx, addr, x)
+		switch {
+		case n == 0:
+			return silent
+		case !declines(x.answer[:n]):
+			return answered
+		case len(x.declined) == 0:
+			x.declined = append(x.declined, x.answer[:n]...)
+		}
+		return declined
+	})
+	var msg []byte
+	switch best {
+	case answered:
+		msg = x.answer[:n]
 		s.stats.answers.Add(1)
-		_, _ = pc.WriteToUDPAddrPort(x.answer[:n], to)
-		return
+	case declined:
+		msg = x.declined
+		s.stats.answers.Add(1)
+	case silent:
+		msg = failure(x.query, x.end, rcodeServFail)
+		s.stats.failures.Add(1)
 	}
-	s.stats.failures.Add(1)
-	_, _ = pc.WriteToUDPAddrPort(failure(x.query, x.end, rcodeServFail), to)
+	_, _ = pc.WriteToUDPAddrPort(msg, to)
 }
 
 // ask sends a query to one resolver and returns the length of its answer, or 0
