@@ -13,11 +13,13 @@ import (
 // all descriptors, then every rule, byte by byte. It returns false for a chain
 // that breaks one.
 func (d *driver) reference(c offered, dir Direction) ([]span, bool) {
-	follow := d.followSplit
+	var list []desc
+	var ok bool
 	if d.packed != nil {
-		follow = d.followPacked
+		list, ok = d.followPacked(c, dir)
+	} else {
+		list, ok = d.followSplit(c)
 	}
-	list, ok := follow(c)
 	if !ok || len(list) > min(int(d.cfg.Size), 1024) {
 		return nil, false
 	}
@@ -64,8 +66,9 @@ func (d *driver) tableFits(v desc) bool {
 }
 
 // followPacked lists the descriptors of a chain in a packed ring, whose tables
-// are gone through from front to back.
-func (d *driver) followPacked(c offered) (list []desc, ok bool) {
+// are gone through from front to back and say only of what is received that it
+// is not to be read.
+func (d *driver) followPacked(c offered, dir Direction) (list []desc, ok bool) {
 	for _, v := range c.list {
 		if v.flags&4 == 0 {
 			list = append(list, v)
@@ -76,7 +79,7 @@ func (d *driver) followPacked(c offered) (list []desc, ok bool) {
 		}
 		for i := range uint64(v.len / 16) {
 			e, _ := d.readDesc(v.addr + 16*i)
-			list = append(list, desc{e.addr, e.len, e.next & 2, 0})
+			list = append(list, desc{e.addr, e.len, e.next & 2 & uint16(dir), 0})
 		}
 	}
 	return list, c.head < d.cfg.Size

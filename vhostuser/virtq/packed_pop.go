@@ -133,7 +133,8 @@ func (q *Queue) chainPacked(w *walk, d desc) (id uint16, st Status) {
 
 // addPacked appends the buffer of d, or those of the indirect table that it
 // stands for. The entries of a table follow each other, and of their flags
-// WRITE alone counts (virtio 1.2, 2.8.7).
+// WRITE alone counts (virtio 1.2, 2.8.7). Where a chain is only to be read, not
+// even that does: DPDK's driver has it set in the first entry of what it sends.
 func (q *Queue) addPacked(w *walk, d desc) Status {
 	if d.flags&flagIndirect == 0 {
 		if w.left == 0 {
@@ -152,6 +153,9 @@ func (q *Queue) addPacked(w *walk, d desc) Status {
 		}
 		w.left--
 		e := descAt(table) // with id and flags in the places of flags and next
+		if !w.writable {
+			e.next &^= flagWrite
+		}
 		st = q.add(w, desc{addr: e.addr, len: e.len, flags: e.next})
 	}
 	return st

@@ -227,6 +227,27 @@ func TestPackedRingsThatCannotBeFollowed(t *testing.T) {
 	}
 }
 
+// DPDK's driver leaves WRITE in the first entry of a table, where it has the
+// header of what it sends. What is received is to be written all the same.
+func TestPackedTableFromDPDK(t *testing.T) {
+	const table = bufA + 0x100
+	for dir, want := range map[Direction]Status{Readable: OK, Writable: Bad} {
+		d, q := newQueue(t, Config{Size: 4, Packed: true, Base: 1 << 15, Indirect: true})
+		d.entry(table, desc{bufA, 12, 0, wr}) // id, then flags
+		d.entry(table+16, desc{bufFar, 60, 0, flagAvail})
+		d.desc(2, desc{table, 32, in, 0})
+		d.offer(2)
+		c, st := q.Pop(dir, room())
+		require.Equal(t, want, st)
+		assert.EqualValues(t, 2, c.Head)
+		if st == OK {
+			assert.Equal(t, []int{12, 60}, []int{len(c.Segs[0]), len(c.Segs[1])})
+		} else {
+			assert.Equal(t, CauseDirection, q.LastCause())
+		}
+	}
+}
+
 // H068: the guest lends a descriptor again that it has lent already.
 func TestLentTwice(t *testing.T) {
 	d, q := newQueue(t, Config{Size: 3, Packed: true, Base: 1 << 15})
