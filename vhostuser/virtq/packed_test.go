@@ -233,8 +233,8 @@ func TestPackedTableFromDPDK(t *testing.T) {
 	const table = bufA + 0x100
 	for dir, want := range map[Direction]Status{Readable: OK, Writable: Bad} {
 		d, q := newQueue(t, Config{Size: 4, Packed: true, Base: 1 << 15, Indirect: true})
-		d.entry(table, desc{bufA, 12, 0, wr}) // id, then flags
-		d.entry(table+16, desc{bufFar, 60, 0, flagAvail})
+		d.entry(table, desc{bufA, 12, wr, 0})
+		d.entry(table+16, desc{bufFar, 60, flagAvail, 0})
 		d.desc(2, desc{table, 32, in, 0})
 		d.offer(2)
 		c, st := q.Pop(dir, room())
