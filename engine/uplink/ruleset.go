@@ -25,8 +25,11 @@ import (
 // without ports where ports are listed: there is no other sign of the guest's.
 //
 // A flow of the pod is forgotten when it was silent for as long as RFC 5382
-// and RFC 4787 ask a NAT to remember one, sooner when TCP ended it. A RST of
-// the kernel's own starts no flow.
+// and RFC 4787 ask a NAT to remember one, sooner when TCP ended it. What arrives
+// keeps it alive too (RFC 4787, REQ-6a): some processes ask once and listen for
+// hours; TCP answers whatever arrives. A RST of the kernel's own starts no flow.
+// A flow that is forgotten, or that a full set did not take, is the guest's when
+// its peer speaks again.
 //
 // Fragments carry ports only in the first, which is classified like any other
 // packet and notes where the rest goes. A fragment that is ahead of its first
@@ -315,7 +318,7 @@ func (p *Pod) ingressRules(r *rules) {
 	r.add("ingress", protocol(frame.ProtoICMP), jump("icmp"))
 	r.add("ingress", protocol(frame.ProtoTCP), jump("transport"))
 	r.add("ingress", protocol(frame.ProtoUDP), jump("transport"))
-	r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("others"), jump("pod"))
+	r.add("ingress", ipField(offSrc, 4, reg1), ipField(offProto, 1, reg2), inSet("others"), update("others", otherIdle), jump("pod"))
 	if p.all() {
 		r.add("ingress", jump("guest"))
 		r.add("transport", jump("candidate"))
@@ -326,6 +329,7 @@ func (p *Pod) ingressRules(r *rules) {
 		r.add("transport", portKey(2), inSet("ports"), jump("candidate"))
 		r.add("transport", jump("pod"))
 	}
+	r.add("candidate", protocol(frame.ProtoUDP), flowKey(offSrc, 2, 0), inSet("flows"), update("flows", udpIdle), jump("pod"))
 	for _, set := range []string{"flows", "opening", "closing"} {
 		r.add("candidate", flowKey(offSrc, 2, 0), inSet(set), jump("pod"))
 	}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/miekg/dns"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -119,6 +120,53 @@ func TestPodKeepsItsFlows(t *testing.T) {
 	_, err = r.Pod.Dial("tcp4", netip.AddrPortFrom(outsideIP, 4).String(), deadline)
 	require.ErrorIs(t, err, syscall.ECONNREFUSED)
 	r.sinkUntil(notFence)
+}
+
+// RFC 4787 REQ-6a: what arrives keeps a flow of the pod alive.
+func TestRFC4787Req6PodsFlowsAreKeptByWhatArrives(t *testing.T) {
+	r := newRig(t)
+	const ospf = 89
+	left := func(set string) (d time.Duration) {
+		t.Helper()
+		enginetest.Must(t, r.Pod.Do(func() error {
+			c, err := nftables.New()
+			if err != nil {
+				return err
+			}
+			table := &nftables.Table{Name: tableName("eth0"), Family: nftables.TableFamilyNetdev}
+			s, err := c.GetSetByName(table, set)
+			if err != nil {
+				return err
+			}
+			elems, err := c.GetSetElements(s)
+			if err == nil && len(elems) != 1 {
+				err = fmt.Errorf("%d elements in %s", len(elems), set)
+			}
+			if err == nil {
+				d = elems[0].Expires
+			}
+			return err
+		}))
+		return d
+	}
+	pod := r.open(r.Pod, Config{Link: "eth0", Workers: 1})
+	eth, ip := enginetest.Eth{Dst: r.outMAC, Src: r.podMAC}, enginetest.IP{Src: podIP, Dst: outsideIP}
+	for set, f := range map[string]struct{ out, in []byte }{
+		"flows": {enginetest.UDPFrame(eth, ip, enginetest.UDP{Src: 7000, Dst: 9}, nil),
+			enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 9, Dst: 7000}, nil)},
+		"others": {eth.Frame(frame.TypeIPv4, ip.Packet(ospf, make([]byte, 40))), r.eth().Frame(frame.TypeIPv4, toPod().Packet(ospf, make([]byte, 40)))},
+	} {
+		send(t, pod, f.out)
+		fresh := left(set)
+		require.Positive(t, fresh)
+		var old time.Duration
+		require.True(t, enginetest.Wait(deadline, func() bool { old = left(set); return old < fresh-50*time.Millisecond }))
+		assert.True(t, enginetest.Wait(deadline, func() bool {
+			send(t, r.out, f.in)
+			r.sinkUntil(notFence)
+			return left(set) > old
+		}), set)
+	}
 }
 
 // A RST that leaves the pod does not make the flow its own, another segment
