@@ -40,7 +40,7 @@ const (
 )
 
 // direct is what a queue needs to receive straight into a guest's buffers. The
-// socket's filter lets nothing through but frames for this guest.
+// socket gets what the rules take for this guest's, see setApart.
 type direct struct {
 	room Room
 	long bool // the last frames were
@@ -175,6 +175,12 @@ func covering(bufs [][]byte, n int) (k uint16) {
 // Takeover's rules send only what is the guest's to the sink, but for a few
 // packets that may also be the pod's: fragments, ICMP errors, and those that
 // open a flow to a port of the NAT's range. None of these passes here.
+//
+// What can pass is a segment of a connection of the pod's that the rules have
+// forgotten, for it was silent too long, or never noted, for the sets were full.
+// With everything published, or to a published port, it is the guest's by then.
+// In the NAT's range nat gives it back to the pod or drops it; but what of it is
+// behind the private head was received into buffers that the guest may read.
 func setApart() []bpf.Instruction {
 	const net = 0xfff00000 // SKF_NET_OFF
 	return []bpf.Instruction{

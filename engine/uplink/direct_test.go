@@ -143,7 +143,8 @@ func TestDirectTakesManyAtOnce(t *testing.T) {
 	require.Zero(t, r.batch.Frame(0).RxBufs)
 }
 
-// Nothing that may be the pod's own is received into a guest's buffers.
+// Nothing that the rules send to the sink although it may be the pod's own is
+// received into a guest's buffers.
 func TestDirectSetsApart(t *testing.T) {
 	r, u := directRig(t, &heap{size: 4096, max: 20}, tcpPort(80))
 	which := func(b []byte) int {

@@ -31,9 +31,9 @@ type Config struct {
 	// Workers is how many workers push, and how many queues there are. The
 	// kernel keeps the frames of a flow on one queue.
 	Workers int
-	// Direct sets a queue apart, the first, that receives nothing but frames for
-	// the sink's only guest, so that these may be received into its buffers
-	// (Queue.SetRoom). There must be a Sink and one worker, which then has two
+	// Direct sets a queue apart, the first, that receives nothing but frames which
+	// are for the sink's only guest as far as the pod's rules know, so that these
+	// may be received into its buffers (Queue.SetRoom). There must be a Sink and one worker, which then has two
 	// queues.
 	Direct bool
 	// Promiscuous receives frames for foreign addresses too.
