@@ -9,8 +9,9 @@ import (
 )
 
 // The calls of the data path do not wait, so Go's scheduler need not know of
-// them. Told of each, its monitor takes the worker's place away and gives it
-// back, two thousand times a second, which costs 5 % of a processor.
+// them. Told of each, and of short sleeps, its monitor takes the worker's place
+// away and gives it back, two thousand times a second: for each byte the
+// backend used 18 % more CPU in an upload and 30 % more in a download.
 
 // mmsghdr is struct mmsghdr of recvmmsg(2).
 type mmsghdr struct {

@@ -4,8 +4,8 @@
 // An [Uplink] owns its sockets, one to receive and one to send for every
 // worker, and the receive buffers behind them. A [Pod] owns what was changed
 // in the network namespace so that a guest can live behind the pod's address:
-// nftables tables, two taps, a sysctl; it puts everything back. A [Router]
-// owns the next hops. Nothing here logs or allocates per frame.
+// nftables tables, a sink and a tap for each guest, a sysctl; it puts everything
+// back. A [Router] owns the next hops. Nothing here logs or allocates per frame.
 package uplink
 
 import (
