@@ -54,8 +54,15 @@ func openVhostPMD(ctx context.Context, c cell, dir, mode string) (backend, error
 		b.mode = "txonly"
 	}
 	var vdevs, more []string
+	long := ""
+	if c.GSO {
+		// The older flags are those that a sender sets, so that what was
+		// received whole can be sent so.
+		long = ",tso=1,legacy-ol-flags=1"
+		more = append(more, "--tx-offloads="+txMultiSegs)
+	}
 	for i, s := range b.socks {
-		vdevs = append(vdevs, fmt.Sprintf("net_vhost%d,iface=%s,queues=%d", i, s, c.Queues))
+		vdevs = append(vdevs, fmt.Sprintf("net_vhost%d,iface=%s,queues=%d%s", i, s, c.Queues, long))
 		more = append(more, fmt.Sprintf("--eth-peer=%d,%s", i, guestMACOf(i^1)))
 	}
 	var err error

@@ -29,6 +29,9 @@ type cell struct {
 	FDB    int  // addresses, 0: one each
 	Kicks  bool // the backend sleeps when it has nothing to do
 	Single bool // one frame under way from each port, rather than bursts
+	GSO    bool // long TCP frames, which both guests take whole, in one direction
+
+	Listens bool // the frontend does, and the backend connects
 }
 
 // devices is how many guests take part.
@@ -53,6 +56,9 @@ func (c cell) String() string {
 		ring = "packed"
 	}
 	s := fmt.Sprintf("%s, %d B, %s", c.Path, c.Size, ring)
+	if c.GSO {
+		s = fmt.Sprintf("%s, 64 KiB GSO, %s", c.Path, ring)
+	}
 	if c.Queues > 1 {
 		s += fmt.Sprintf(", %d queues", c.Queues)
 	}
@@ -86,7 +92,7 @@ func (c cell) subjects(p *programs, quick bool) []string {
 	default:
 		out = append(out, oursAgain, pmdIO)
 	}
-	if p.against != "" && between { // the other program has no source and no sink
+	if between && p.against.sidewire != "" || !between && p.against.perf != "" {
 		out = append(out, other)
 	}
 	return out
@@ -94,7 +100,7 @@ func (c cell) subjects(p *programs, quick bool) []string {
 
 // goals are the issue's, for those cells that have one.
 func (c cell) goals() []goal {
-	if c.Queues != 1 || c.Ports > 2 || c.FDB > 0 || c.Kicks {
+	if c.Queues != 1 || c.Ports > 2 || c.FDB > 0 || c.Kicks || c.GSO {
 		return nil
 	}
 	switch {
@@ -139,6 +145,9 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 		return f, err
 	}
 	defer be.close()
+	if x, ok := be.(interface{ connects(cell) bool }); ok {
+		c.Listens = x.connects(c)
+	}
 	fe, err := startFrontends(ctx, c, be.sockets(), dir)
 	if err != nil {
 		return f, err
@@ -171,6 +180,9 @@ func observe(ctx context.Context, be backend, fe frontends, c cell, d time.Durat
 	}
 	if f.frames = c.frames(r); f.frames == 0 {
 		return f, errors.New("no frame arrives")
+	}
+	if c.GSO && r.rxBits/8/r.rx < gsoSize*0.99 {
+		return f, fmt.Errorf("frames arrive in pieces of %.0f bytes", r.rxBits/8/r.rx)
 	}
 	f.syscalls /= f.frames
 	f.cost, err = be.costs()

@@ -64,12 +64,30 @@ func startFrontend(ctx context.Context, c cell, sockets []string, base int, dir 
 	}
 	var vdevs, more []string
 	for i, s := range sockets {
-		vdevs = append(vdevs, fmt.Sprintf("net_virtio_user%d,path=%s,queues=%d,queue_size=%d,packed_vq=%d,mrg_rxbuf=1,in_order=0,vectorized=0,mac=%s",
-			i, s, c.Queues, ringSize, packed, guestMACOf(base+i)))
+		vdev := fmt.Sprintf("net_virtio_user%d,path=%s,queues=%d,queue_size=%d,packed_vq=%d,mrg_rxbuf=1,in_order=0,vectorized=0,mac=%s",
+			i, s, c.Queues, ringSize, packed, guestMACOf(base+i))
+		if c.Listens {
+			vdev += ",server=1"
+		}
+		vdevs = append(vdevs, vdev)
 		more = append(more, fmt.Sprintf("--eth-peer=%d,%s", i, guestMACOf((base+i)^1)))
 	}
 	if c.Path == roundTrip {
 		more = append(more, "--port-topology=loop")
+	}
+	if c.GSO {
+		files, err := gsoDevices(dir)
+		if err != nil {
+			return nil, err
+		}
+		t, err := startTestpmd(ctx, frontendCPU, "frontend", c, append(vdevs, files...), append(more, "--disable-device-start"))
+		if err != nil {
+			return nil, err
+		}
+		if err := t.allowGSO(len(sockets)); err != nil {
+			return nil, errors.Join(err, t.close())
+		}
+		return t, nil
 	}
 	if c.FDB > 0 {
 		for i := range 2 {
@@ -98,6 +116,8 @@ func (fs frontends) begin(c cell) error {
 	switch {
 	case c.Path == roundTrip:
 		return fs[0].beginRoundTrip(c)
+	case c.GSO:
+		return fs[0].beginGSO()
 	case c.Path == guestTx:
 		lines = []string{size, "set fwd txonly", "start"}
 	case c.Path == guestRx:
@@ -155,7 +175,7 @@ func (fs frontends) rates(d time.Duration) (sum portRates, err error) {
 	}
 	for range fs {
 		a := <-answers
-		sum.rx, sum.tx = sum.rx+a.r.rx, sum.tx+a.r.tx
+		sum.add(a.r)
 		err = errors.Join(err, a.err)
 	}
 	return sum, err

@@ -46,6 +46,7 @@ func TestCells(t *testing.T) {
 		{ours, cell{Path: guestTx, Size: 1500, Queues: 2}},
 		{ours, cell{Path: guestRx, Size: 9000, Queues: 1, Packed: true}},
 		{ours, cell{Path: guestToGuest, Size: 64, Queues: 1, FDB: 100}},
+		{oursFixed, cell{Path: guestToGuest, Size: gsoSize, Queues: 1, GSO: true, Packed: true}},
 		{pmdIO, cell{Path: guestToGuest, Size: 64, Queues: 1}},
 	} {
 		t.Run(x.subject+", "+x.cell.String(), func(t *testing.T) {

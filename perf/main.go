@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -50,7 +49,8 @@ func main() {
 	flag.IntVar(&o.rounds, "rounds", 0, "`N` rounds, each with every subject (default 5, quick 2)")
 	flag.Float64Var(&o.seconds, "seconds", 0, "`SECONDS` of each measurement (default 2, quick 0.5)")
 	flag.StringVar(&o.flags, "flags", "", "further flags for sidewire run")
-	flag.StringVar(&o.against, "against", "", "another sidewire `PROGRAM` to measure beside, to see what a change brought")
+	flag.StringVar(&o.against, "against", "", "measure beside `OTHERS`, to see what a change brought: another checkout, or another build\n"+
+		"of sidewire, of perf (whose engine stands behind a single guest), or both with a comma between")
 	flag.StringVar(&o.out, "out", filepath.Join("perf", "report"), "`DIR` for the report")
 	flag.BoolVar(&o.list, "list", false, "list the titles and what is missing, and measure nothing")
 	flag.Parse()
@@ -93,7 +93,10 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
-	p := &programs{self: self(), against: o.against, flags: o.flags}
+	p := &programs{self: self(), flags: o.flags}
+	if p.against, err = findRival(o.against); err != nil {
+		return fmt.Errorf("-against: %w", err)
+	}
 	trials := pick(p.trials(o), only)
 	if len(trials) == 0 {
 		return errors.New("nothing to measure: no title matches -only")
@@ -106,8 +109,11 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	if p.sidewire, err = buildSidewire(ctx, dir); err != nil {
+	if p.sidewire, err = build(ctx, "", sidewirePath, filepath.Join(dir, "sidewire")); err != nil {
 		return err
+	}
+	if err := p.against.build(ctx, dir); err != nil {
+		return fmt.Errorf("-against: %w", err)
 	}
 	leave, err := alone(ctx)
 	if err != nil {
@@ -178,16 +184,6 @@ func list(w io.Writer, trials []*trial) error {
 		}
 	}
 	return nil
-}
-
-// buildSidewire builds the program that is measured.
-func buildSidewire(ctx context.Context, dir string) (string, error) {
-	path := filepath.Join(dir, "sidewire")
-	out, err := exec.CommandContext(ctx, "go", "build", "-o", path, "sidewire/cmd/sidewire").CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("build: %w: %s", err, out)
-	}
-	return path, nil
 }
 
 func isTerminal(f *os.File) bool {

@@ -31,6 +31,9 @@ func packetCells(quick bool) (out []cell) {
 		}
 	}
 	for _, packed := range []bool{false, true} {
+		add(cell{Path: guestToGuest, Size: gsoSize, GSO: true, Packed: packed})
+	}
+	for _, packed := range []bool{false, true} {
 		add(cell{Path: roundTrip, Packed: packed})
 		add(cell{Path: roundTrip, Packed: packed, Kicks: true})
 	}

@@ -87,7 +87,7 @@ const (
 kind: NetworkAttachmentDefinition
 metadata: {name: lan}
 spec:
-  config: '{"cniVersion": "0.3.1", "name": "lan", "type": "bridge", "bridge": "br1", "mtu": 9000}'
+  config: '{"cniVersion": "0.3.1", "name": "lan", "type": "bridge", "bridge": "br1", "mtu": %d}'
 `
 	guestOnNetwork = `---
 kind: VirtualMachineInstance
@@ -107,7 +107,11 @@ spec:
 // openProgram starts sidewire as a user would, with guests on one network.
 func openProgram(ctx context.Context, path, flags string, c cell, dir string) (backend, error) {
 	b := &program{}
-	docs := network
+	mtu := 9000
+	if c.GSO {
+		mtu = gsoMTU
+	}
+	docs := fmt.Sprintf(network, mtu)
 	for i := range c.devices() {
 		docs += fmt.Sprintf(guestOnNetwork, i, c.Queues, c.Queues > 1, guestMACOf(i))
 		b.socks = append(b.socks, filepath.Join(dir, fmt.Sprint("vm", i), "net.sock"))

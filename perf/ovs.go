@@ -75,7 +75,7 @@ func openOVS(ctx context.Context, c cell, dir string) (b backend, err error) {
 	}
 	if err := o.vsctl(ctx, "--no-wait", "init", "--", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true",
 		fmt.Sprintf("other_config:pmd-cpu-mask=%#x", 1<<backendCPU), fmt.Sprintf("other_config:dpdk-lcore-mask=%#x", 1<<backendCPU),
-		"other_config:dpdk-socket-mem=512", "other_config:vhost-sock-dir=.",
+		fmt.Sprintf("other_config:userspace-tso-enable=%v", c.GSO), "other_config:dpdk-socket-mem=512", "other_config:vhost-sock-dir=.",
 		"other_config:dpdk-extra="+o.memory()); err != nil {
 		return nil, err
 	}
@@ -104,8 +104,13 @@ func (o *ovsSwitch) addPorts(ctx context.Context, c cell) error {
 	for _, s := range o.socks {
 		// It may still write MTU into a port that is there before it is asked for.
 		name := filepath.Base(s)
-		args = append(args, "--", "add-port", "br0", name, "--", "set", "Interface", name, "type=dpdkvhostuser")
-		if c.Size > 1514 {
+		args = append(args, "--", "add-port", "br0", name, "--", "set", "Interface", name)
+		if c.GSO {
+			args = append(args, "type=dpdkvhostuserclient", "options:vhost-server-path="+s)
+		} else {
+			args = append(args, "type=dpdkvhostuser")
+		}
+		if c.Size > 1514 && !c.GSO {
 			args = append(args, "mtu_request=9000")
 		}
 	}
@@ -129,7 +134,11 @@ func (o *ovsSwitch) appctl(args ...string) (string, error) {
 }
 
 func (o *ovsSwitch) sockets() []string { return o.socks }
-func (o *ovsSwitch) start() error      { return nil }
+
+// connects tells that it takes long frames only of those that it connects to.
+func (o *ovsSwitch) connects(c cell) bool { return c.GSO }
+
+func (o *ovsSwitch) start() error { return nil }
 
 func (o *ovsSwitch) mark() error {
 	if !o.switched {

@@ -38,7 +38,7 @@ var (
 type programs struct {
 	self     string // this one
 	sidewire string
-	against  string // another sidewire, or ""
+	against  rival
 	flags    string // further ones for sidewire run
 }
 
@@ -46,13 +46,13 @@ type programs struct {
 func (p *programs) subjects() map[string]subject {
 	open := map[string]func(ctx context.Context, c cell, dir string) (backend, error){
 		ours: func(ctx context.Context, c cell, dir string) (backend, error) {
-			return openOurs(ctx, p, p.sidewire, c, dir)
+			return openOurs(ctx, p.self, p.sidewire, p.flags, c, dir)
 		},
 		oursAgain: func(ctx context.Context, c cell, dir string) (backend, error) {
-			return openOurs(ctx, p, p.sidewire, c, dir)
+			return openOurs(ctx, p.self, p.sidewire, p.flags, c, dir)
 		},
 		other: func(ctx context.Context, c cell, dir string) (backend, error) {
-			return openOurs(ctx, p, p.against, c, dir)
+			return openOurs(ctx, p.against.perf, p.against.sidewire, p.flags, c, dir)
 		},
 		oursFixed: func(ctx context.Context, c cell, dir string) (backend, error) {
 			return openInner(ctx, p.self, c, dir, "forward")
@@ -72,18 +72,17 @@ func (p *programs) subjects() map[string]subject {
 
 // openOurs opens what sidewire has for a cell: the program itself where guests
 // talk to each other, its engine and device alone where there is one guest.
-func openOurs(ctx context.Context, p *programs, program string, c cell, dir string) (backend, error) {
-	switch c.Path {
-	case guestTx:
-		return openInner(ctx, p.self, c, dir, "sink")
-	case guestRx:
-		return openInner(ctx, p.self, c, dir, "source")
-	}
-	if c.FDB > 0 {
+func openOurs(ctx context.Context, perf, sidewire, flags string, c cell, dir string) (backend, error) {
+	switch {
+	case c.Path == guestTx:
+		return openInner(ctx, perf, c, dir, "sink")
+	case c.Path == guestRx:
+		return openInner(ctx, perf, c, dir, "source")
+	case c.FDB > 0:
 		// More than the program lets a guest have.
-		return openInner(ctx, p.self, c, dir, "switch")
+		return openInner(ctx, perf, c, dir, "switch")
 	}
-	return openProgram(ctx, program, p.flags, c, dir)
+	return openProgram(ctx, sidewire, flags, c, dir)
 }
 
 // missing says why a subject cannot be measured in a cell here.

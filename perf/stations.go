@@ -1,11 +1,13 @@
 package main
 
 import (
-	"bufio"
 	"encoding/binary"
 	"math/rand/v2"
 	"os"
 )
+
+// localType is an EtherType for experiments.
+var localType = []byte{0x88, 0xb5}
 
 // station is the i-th address behind a port.
 func station(port byte, i int) []byte {
@@ -17,29 +19,37 @@ func station(port byte, i int) []byte {
 // writeStations writes a file of frames for testpmd's net_pcap: one from each
 // of n stations behind a port to one behind the other, in no order.
 func writeStations(path string, n, size int, port byte) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	w := bufio.NewWriter(f)
-	header := binary.LittleEndian.AppendUint32(nil, 0xa1b2c3d4)
-	header = binary.LittleEndian.AppendUint16(header, 2)
-	header = binary.LittleEndian.AppendUint16(header, 4)
-	header = append(header, make([]byte, 8)...)
-	header = binary.LittleEndian.AppendUint32(header, 65535)
-	header = binary.LittleEndian.AppendUint32(header, 1) // Ethernet
-	_, _ = w.Write(header)                               // Flush tells
-	record := make([]byte, 16+size)
-	binary.LittleEndian.PutUint32(record[8:], uint32(size))
-	binary.LittleEndian.PutUint32(record[12:], uint32(size))
+	var c capture
+	f := make([]byte, size)
+	copy(f[12:], localType)
 	// The same order in every run, so that runs compare.
-	to := rand.New(rand.NewPCG(uint64(n), uint64(port))).Perm(n)
-	for i, j := range to {
-		copy(record[16:], station(1-port, j))
-		copy(record[22:], station(port, i))
-		record[28], record[29] = 0x88, 0xb5 // a local experimental type
-		_, _ = w.Write(record)
+	for i, j := range rand.New(rand.NewPCG(uint64(n), uint64(port))).Perm(n) {
+		copy(f, station(1-port, j))
+		copy(f[6:], station(port, i))
+		c.add(f)
 	}
-	return w.Flush()
+	return os.WriteFile(path, c.bytes(), 0o600)
+}
+
+// capture is a file of frames as net_pcap reads it. The zero value has none.
+type capture struct{ records []byte }
+
+// add adds a frame.
+func (c *capture) add(f []byte) {
+	n := uint32(len(f))
+	c.records = append(c.records, make([]byte, 8)...) // the time
+	c.records = binary.LittleEndian.AppendUint32(c.records, n)
+	c.records = binary.LittleEndian.AppendUint32(c.records, n)
+	c.records = append(c.records, f...)
+}
+
+// bytes is the file.
+func (c *capture) bytes() []byte {
+	b := binary.LittleEndian.AppendUint32(nil, 0xa1b2c3d4)
+	b = binary.LittleEndian.AppendUint16(b, 2)
+	b = binary.LittleEndian.AppendUint16(b, 4)
+	b = append(b, make([]byte, 8)...)
+	b = binary.LittleEndian.AppendUint32(b, 1<<17) // longer than any frame
+	b = binary.LittleEndian.AppendUint32(b, 1)     // Ethernet
+	return append(b, c.records...)
 }

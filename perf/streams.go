@@ -64,7 +64,7 @@ func (p *programs) streamTrials(quick bool, seconds int) []*trial {
 		if quick {
 			t.Subjects = []string{ours, kernelWay}
 		}
-		if p.against != "" {
+		if p.against.sidewire != "" {
 			t.Subjects = append(t.Subjects, other)
 		}
 		for _, w := range all {
@@ -111,7 +111,7 @@ func (p *programs) measureStreams(ctx context.Context, name string, all []unitOf
 	open := map[string]func() (*rig, error){
 		ours:      func() (*rig, error) { return openSidewire(p.sidewire, p.flags, mtu) },
 		oursAgain: func() (*rig, error) { return openSidewire(p.sidewire, p.flags, mtu) },
-		other:     func() (*rig, error) { return openSidewire(p.against, p.flags, mtu) },
+		other:     func() (*rig, error) { return openSidewire(p.against.sidewire, p.flags, mtu) },
 		kernelWay: func() (*rig, error) { return openKernel(mtu) },
 		vethBound: func() (*rig, error) { return openVeth(mtu) },
 	}[name]

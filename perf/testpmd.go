@@ -51,11 +51,16 @@ func startTestpmd(ctx context.Context, cpu int, name string, c cell, vdevs, more
 	}
 	argv = append(argv, "--", "-i", "--disable-link-check", "--nb-cores=1", "--no-lsc-interrupt", "--no-flush-rx",
 		fmt.Sprintf("--rxd=%d", ringSize), fmt.Sprintf("--txd=%d", ringSize),
-		fmt.Sprintf("--rxq=%d", c.Queues), fmt.Sprintf("--txq=%d", c.Queues),
-		fmt.Sprintf("--total-num-mbufs=%d", mbufs+2*c.FDB)) // net_pcap keeps what it read in buffers
-	if c.Size > mbufRoom {
+		fmt.Sprintf("--rxq=%d", c.Queues), fmt.Sprintf("--txq=%d", c.Queues))
+	buffers := mbufs + 2*c.FDB // net_pcap keeps what it read in buffers
+	switch {
+	case c.GSO:
+		buffers = gsoMbufs
+		argv = append(argv, fmt.Sprintf("--mbuf-size=%d", gsoRoom+headroom))
+	case c.Size > mbufRoom:
 		argv = append(argv, "--tx-offloads="+txMultiSegs)
 	}
+	argv = append(argv, fmt.Sprintf("--total-num-mbufs=%d", buffers))
 	p, err := startProc(ctx, procOptions{undisturbed: true}, name, append(argv, more...)...)
 	if err != nil {
 		return nil, err
@@ -96,7 +101,14 @@ func txpkts(size int) string {
 
 // portRates are testpmd's own figures of all its ports together, since it was
 // asked last.
-type portRates struct{ rx, tx float64 }
+type portRates struct {
+	rx, tx float64 // frames a second
+	rxBits float64 // a second
+}
+
+func (r *portRates) add(o portRates) {
+	r.rx, r.tx, r.rxBits = r.rx+o.rx, r.tx+o.tx, r.rxBits+o.rxBits
+}
 
 // rates asks for what passed in a while through its first ports.
 func (t *testpmd) rates(ports int, d time.Duration) (portRates, error) {
@@ -112,14 +124,18 @@ func (t *testpmd) rates(ports int, d time.Duration) (portRates, error) {
 	return parseRates(s, ports)
 }
 
-var rxPPS, txPPS = regexp.MustCompile(`Rx-pps:\s+(\d+)`), regexp.MustCompile(`Tx-pps:\s+(\d+)`)
+var (
+	rxPPS = regexp.MustCompile(`Rx-pps:\s+(\d+)`)
+	txPPS = regexp.MustCompile(`Tx-pps:\s+(\d+)`)
+	rxBPS = regexp.MustCompile(`Rx-bps:\s+(\d+)`)
+)
 
 // parseRates adds up the first ports of one "show port stats all".
 func parseRates(s string, ports int) (r portRates, err error) {
 	for _, f := range []struct {
 		re  *regexp.Regexp
 		sum *float64
-	}{{rxPPS, &r.rx}, {txPPS, &r.tx}} {
+	}{{rxPPS, &r.rx}, {txPPS, &r.tx}, {rxBPS, &r.rxBits}} {
 		all := f.re.FindAllStringSubmatch(s, -1)
 		if len(all) < ports {
 			return r, fmt.Errorf("no rates of %d ports in testpmd's answer: %q", ports, s)

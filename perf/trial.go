@@ -121,7 +121,9 @@ func (s *samples) apart() float64 {
 		return nan
 	}
 	d := distance()
-	s.distances = append(s.distances, d)
+	if !math.IsNaN(d) {
+		s.distances = append(s.distances, d)
+	}
 	return d
 }
 
