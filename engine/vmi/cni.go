@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sort"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -21,10 +22,15 @@ import (
 // cniText is the JSON of a configuration and its place in the file.
 type cniText struct {
 	d        *decoder
-	n        *yaml.Node // the text
-	json     []byte     // sound
-	inserted []int      // places in json of commas that the text does not have
+	json     []byte // sound
+	inserted []int  // places in json of commas that the text does not have
+	before   int    // of inserted, those before the value that was read last
+	places   placer
 }
+
+// bytesPerNode is how much of a text is read at the price of a node: a long one that many aliases stand for would be
+// read at that of one node each time.
+const bytesPerNode = 64
 
 // cniNode reads the JSON that a text holds. It returns nil after a fault, or where there is no text.
 func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []byte) {
@@ -36,12 +42,15 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 	if n == nil {
 		return nil, nil
 	}
-	t := cniText{d: d, n: n}
+	if d.budget -= len(text) / bytesPerNode; d.budget < 0 {
+		return nil, nil
+	}
+	t := cniText{d: d, places: d.placer(n)}
 	var what string
 	var at int
 	t.json, t.inserted, what, at = mendJSON([]byte(text))
 	if what != "" {
-		line, col := d.place(n, at)
+		line, col := t.first(at)
 		d.warn(&yaml.Node{Line: line}, path, "JSON with a comma %s at line %d, column %d; read as if it were right, but a cluster refuses it", what, line, col)
 	}
 	if err := json.Unmarshal(t.json, new(json.RawMessage)); err != nil {
@@ -49,7 +58,7 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 		if s := new(json.SyntaxError); errors.As(err, &s) {
 			offset = min(max(int(s.Offset)-1, 0), len(text))
 		}
-		line, col := d.place(n, offset)
+		line, col := t.first(offset)
 		d.fault(&yaml.Node{Line: line}, path, "not JSON at line %d, column %d: %v", line, col, err)
 		return nil, nil
 	}
@@ -110,35 +119,38 @@ func (t *cniText) node(dec *json.Decoder, depth int) (*yaml.Node, error) {
 	return n, nil
 }
 
-// where is the place in the file of the value that follows an offset in the JSON.
+// where is the place in the file of the value that follows an offset in the JSON. Offsets do not go back from one call
+// to the next.
 func (t *cniText) where(offset int64) (line, col int) {
 	i := int(offset)
 	for i < len(t.json) && strings.IndexByte(" \t\r\n,:", t.json[i]) >= 0 {
 		i++
 	}
-	for k := len(t.inserted) - 1; k >= 0; k-- {
-		if t.inserted[k] < i {
-			i -= k + 1
-			break
-		}
+	for t.before < len(t.inserted) && t.inserted[t.before] < i {
+		t.before++
 	}
-	return t.d.place(t.n, i)
+	return t.places.place(i - t.before)
 }
 
-// place is the line and the column, from 1, at which the byte at an offset of a text stands in the file. The text of
-// the node and the file differ in white space and escapes only, so what is neither is counted in both.
-func (d *decoder) place(n *yaml.Node, offset int) (line, col int) {
-	want := 0
-	for _, r := range n.Value[:min(offset, len(n.Value))] {
-		if !unicode.IsSpace(r) {
-			want++
-		}
-	}
-	w := rawWalk{raw: d.raw, line: 1, col: 1}
-	for w.line < n.Line && w.next() {
-	}
-	for w.line == n.Line && w.col < n.Column && w.next() {
-	}
+// first is the place in the file of an offset in the text, whatever is asked for next.
+func (t *cniText) first(offset int) (line, col int) {
+	p := t.places
+	return p.place(offset)
+}
+
+// placer tells where the bytes of a text stand in the file. It goes on from the last one that was asked for, so that
+// all of a text together cost one walk. The text of the node and the file differ in white space and escapes only, so
+// what is neither is counted in both.
+type placer struct {
+	n      *yaml.Node // the text
+	offset int        // in the text, that was asked for last
+	w      rawWalk    // in the file
+	ahead  int        // characters from w to offset that are not white space
+}
+
+// placer makes one for a text of the file.
+func (d *decoder) placer(n *yaml.Node) placer {
+	w := d.seek(n.Line, n.Column)
 	switch {
 	case n.Style&(yaml.LiteralStyle|yaml.FoldedStyle) != 0:
 		for w.line == n.Line && w.next() {
@@ -153,16 +165,58 @@ func (d *decoder) place(n *yaml.Node, offset int) (line, col int) {
 	if w.quote != 0 {
 		w.next()
 	}
-	for w.more() {
-		line, col = w.line, w.col
-		if w.solid() {
-			if want == 0 {
-				return line, col
-			}
-			want--
+	return placer{n: n, w: w}
+}
+
+// place is the line and the column, from 1, at which the byte at an offset of the text stands in the file. The offset
+// is not before the last one.
+func (p *placer) place(offset int) (line, col int) {
+	offset = min(offset, len(p.n.Value))
+	for _, r := range p.n.Value[p.offset:offset] {
+		if !unicode.IsSpace(r) {
+			p.ahead++
 		}
 	}
-	return max(line, n.Line), max(col, 1)
+	p.offset = offset
+	at := p.w
+	for p.w.more() {
+		at = p.w
+		if p.w.solid() {
+			if p.ahead == 0 {
+				break
+			}
+			p.ahead--
+		}
+	}
+	p.w = at // it has not been passed: it may be asked for again
+	return max(at.line, p.n.Line), max(at.col, 1)
+}
+
+// markEvery is how many bytes of a file one of its marks is for.
+const markEvery = 4 << 10
+
+// seek goes to a line and a column, from 1, of the file.
+func (d *decoder) seek(line, col int) rawWalk {
+	if d.marks == nil {
+		w := rawWalk{raw: d.raw, line: 1, col: 1}
+		d.marks = append(d.marks, w)
+		for next := markEvery; w.next(); {
+			if w.at >= next {
+				d.marks = append(d.marks, w)
+				next += markEvery
+			}
+		}
+	}
+	behind := sort.Search(len(d.marks), func(i int) bool {
+		m := &d.marks[i]
+		return m.line > line || m.line == line && m.col > col
+	})
+	w := d.marks[max(behind-1, 0)]
+	for w.line < line && w.next() {
+	}
+	for w.line == line && w.col < col && w.next() {
+	}
+	return w
 }
 
 // rawWalk goes through a file's bytes.

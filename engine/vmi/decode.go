@@ -14,9 +14,10 @@ import (
 // of a spec wants to see all of them.
 type decoder struct {
 	file   string
-	raw    []byte // the file's content
-	cni    bool   // in a CNI configuration: keys in any case, and unknown ones are no more than a warning
-	vmi    *VMI   // whose fields are being read; nil between documents
+	raw    []byte    // the file's content
+	marks  []rawWalk // places in it, in order; nil until one is needed
+	cni    bool      // in a CNI configuration: keys in any case, and unknown ones are no more than a warning
+	vmi    *VMI      // whose fields are being read; nil between documents
 	faults []Fault
 	budget int
 	depth  int

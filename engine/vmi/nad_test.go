@@ -6,6 +6,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
+	"unicode/utf8"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -196,6 +198,71 @@ func TestPlaceInJSON(t *testing.T) {
 			assert.True(t, strings.HasPrefix(f, fmt.Sprintf("n.yaml:%d ", c.line)), f)
 			assert.Contains(t, f, c.text)
 		})
+	}
+}
+
+// Every value of a long configuration is found where it stands, whatever has been looked for before it.
+func TestPlacesInJSON(t *testing.T) {
+	for name, quote := range map[string]func(string) string{
+		"single quotes": func(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" },
+		"double quotes": func(s string) string { return `"` + strings.ReplaceAll(s, `"`, `\"`) + `"` },
+		"literal":       func(s string) string { return "|\n    " + s },
+		"folded":        func(s string) string { return ">-\n    " + s },
+	} {
+		for _, comma := range []string{",", ""} { // mended where there is none
+			var list []string
+			for i := range 900 {
+				list = append(list, fmt.Sprintf(`{"a '€": %d}%s`, 1000+i, strings.Repeat("\n    ", i%3/2)))
+			}
+			text := "a: é\nconfig: " + quote("["+strings.Join(list, comma+" ")+"]") + "\n"
+			nodes, err := parse("n.yaml", []byte(text))
+			require.NoError(t, err, name)
+			d := &decoder{raw: []byte(text), budget: maxNodes}
+			root, _ := d.cniNode(nodes[0].Content[0].Content[3], "config")
+			require.NotNil(t, root, name)
+			require.Len(t, root.Content, len(list))
+			lines := strings.Split(text, "\n")
+			for i, n := range root.Content {
+				v := n.Content[1]
+				col := 1 + utf8.RuneCountInString(lines[v.Line-1][:max(0, strings.Index(lines[v.Line-1], fmt.Sprint(1000+i)))])
+				require.Equal(t, fmt.Sprint(1000+i), v.Value)
+				require.Greater(t, col, 1, "%s: line of %s", name, v.Value)
+				require.Equal(t, col, v.Column, "%s: column of %s", name, v.Value)
+			}
+		}
+	}
+}
+
+// What a file costs grows with its length, however the definitions in it are written. Without that the least of these
+// takes 20 s.
+func TestLongDefinitions(t *testing.T) {
+	const kind = `"kind": "NetworkAttachmentDefinition", "metadata": {"name": "n", "x": "`
+	list := func(comma string) string {
+		return `{"type": "bridge", "vlanTrunk": [` + strings.Repeat(`{"id": 7}`+comma, 256<<10/10) + `{"id": 8}]}`
+	}
+	for name, text := range map[string]string{
+		"one long":         nad("n", list(",")),
+		"one without ,":    nad("n", list(" ")),
+		"many in one line": `{"kind": "List", "items": [null` + strings.Repeat(`, {`+kind+strings.Repeat("x", 3800)+`"}, "spec": {"config": "{\"type\": \"bridge\"}"}}`, maxDocs-1) + `]}`,
+		"one many times": `{"kind": "List", "x": &x '{"type": "bridge", "x": "` + strings.Repeat("x", 3<<20) + `"}', "items": [null` +
+			strings.Repeat(`, {`+kind+`"}, "spec": {"config": *x}}`, maxDocs-1) + `]}`,
+	} {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			docs, err := Parse("n.yaml", []byte(text))
+			if name == "one many times" {
+				assert.ErrorContains(t, err, "with its aliases expanded; split the file")
+				return
+			}
+			assert.NoError(t, err, name)
+			assert.Equal(t, "bridge", docs.NADs[len(docs.NADs)-1].Type, name)
+		}()
+		select {
+		case <-done:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("%s: no end after 10 s", name)
+		}
 	}
 }
 
