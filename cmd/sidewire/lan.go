@@ -172,7 +172,7 @@ func (l *lan) vlans() bool {
 }
 
 // bridgeVLAN is the VLAN of what is untagged on a bridge that filters VLANs.
-const bridgeVLAN = 1
+const bridgeVLAN = vmi.BridgeVLAN
 
 // allVLANs are those that pass an uplink tagged, where untagged is bridgeVLAN.
 var allVLANs = func() (ids []uint16) {

@@ -113,7 +113,7 @@ func (docs *Docs) leases() (leases map[[2]int]*Lease, faults []Fault) {
 			}
 			s := nad.Switch
 			byName := func(a netip.Addr) string { return nad.Key() + " " + a.String() }
-			byVLAN := func(a netip.Addr) string { return fmt.Sprintf("%v %s %d %s", s.OVS, s.Bridge, s.VLAN, a) }
+			byVLAN := func(a netip.Addr) string { return fmt.Sprintf("%v %s %d %s", s.OVS, s.Bridge, s.untagged(), a) }
 			l, ok := s.IPAM.Lease(func(a netip.Addr) bool { return taken[byName(a)] || taken[byVLAN(a)] })
 			if !ok {
 				if len(faults) < maxFaults {

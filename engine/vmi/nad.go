@@ -44,6 +44,18 @@ type Switch struct {
 	Storm     int  // frames a second to everybody from each port, 0 for the default, -1 for no limit
 }
 
+// BridgeVLAN is the VLAN of what is untagged on a bridge of the kernel's kind.
+const BridgeVLAN = 1
+
+// untagged is the VLAN of the port's untagged frames, where the bridge knows
+// VLANs at all; 0 is none.
+func (s *Switch) untagged() uint16 {
+	if s.VLAN == 0 && !s.OVS {
+		return BridgeVLAN
+	}
+	return s.VLAN
+}
+
 // Key is the definition's namespace and name, as a networkName may spell it.
 func (n *NAD) Key() string { return namespaceOr(n.Namespace) + "/" + n.Name }
 

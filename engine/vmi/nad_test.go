@@ -375,6 +375,19 @@ func TestStableMAC(t *testing.T) {
 			require.Len(t, mac, 6)
 			assert.Equal(t, byte(2), mac[0]&3, "locally administered, of one station")
 			key := name + strings.Replace(ns, ", namespace: default", "", 1)
+	// Untagged is VLAN 1 to a bridge, and none to Open vSwitch.
+	for kind, want := range map[string][]string{"bridge": {"10.1.1.2/24", "10.1.1.3/24"}, "ovs": {"10.1.1.2/24", "10.1.1.2/24"}} {
+		var nads []string
+		for name, vlan := range map[string]string{"x": "", "y": `"vlan": 1, `} {
+			nads = append(nads, nad(name, strings.Replace(subnet(vlan, "10.1.1.0/24"), "bridge", kind, 1)))
+		}
+		docs, err = Parse("v.yaml", []byte(guest("v1", "x")+guest("v2", "y")+strings.Join(nads, "---\n")))
+		require.NoError(t, err)
+		assert.Empty(t, append(Validate(docs, Options{}), Unsupported(docs)...))
+		vms := Plan(docs)
+		assert.Equal(t, want, []string{vms[0].Interfaces[0].Network.Lease.Address.String(), vms[1].Interfaces[0].Network.Lease.Address.String()}, kind)
+	}
+
 			if old, ok := seen[key]; ok {
 				assert.Equal(t, old, mac.String())
 			}
