@@ -85,9 +85,9 @@ func sameNADs(docs Docs) (faults []Fault) {
 		switch {
 		case other == nil:
 			first[n.Key()] = n
-		case !slices.Equal(n.Config, other.Config) && len(faults) < maxFaults:
+		case (!slices.Equal(n.Config, other.Config) || n.asked() != other.asked()) && len(faults) < maxFaults:
 			faults = append(faults, Fault{Field: "metadata.name", Severity: Error, File: n.File, Line: n.Line,
-				Message: oneLine(fmt.Sprintf("NetworkAttachmentDefinition %s is in %s too, with another configuration; remove one", n.Key(), other.place()))})
+				Message: oneLine(fmt.Sprintf("NetworkAttachmentDefinition %s is in %s too, with another configuration or other annotations; remove one", n.Key(), other.place()))})
 		}
 	}
 	return faults

@@ -62,6 +62,14 @@ func (n *NAD) Key() string { return namespaceOr(n.Namespace) + "/" + n.Name }
 // place is where the definition stands.
 func (n *NAD) place() string { return fmt.Sprintf("%s:%d", n.File, n.Line) }
 
+// asked is what the definition's annotations ask of its switch.
+func (n *NAD) asked() any {
+	if n.Switch == nil {
+		return nil
+	}
+	return [...]any{n.Switch.CheckARP, n.Switch.LinkLocal, n.Switch.Storm}
+}
+
 func namespaceOr(ns string) string {
 	if ns == "" {
 		return "default"

@@ -324,14 +324,31 @@ func TestBridgeElsewhere(t *testing.T) {
 	assert.Equal(t, []string{"spec.networks[0].multus.default: not supported yet: a Multus network in the place of the pod network; remove default: true"}, lines(Unsupported(docs)))
 }
 
-// Two definitions of one name are refused unless they say the same.
+// Two definitions of one name are refused unless they say the same. What annotations ask belongs to it where a switch is
+// asked, and other annotations do not.
 func TestSameNADs(t *testing.T) {
-	docs, err := Parse("n.yaml", []byte(nad("n", `{"type": "bridge"}`)+"---\n"+nad("n", `{"type": "bridge"}`)+"---\n"+nad("n", `{"type": "ovs", "bridge": "b"}`)))
-	require.NoError(t, err)
-	faults := Validate(docs, Options{})
-	require.Len(t, faults, 1)
-	assert.Equal(t, "n.yaml:11 metadata.name: NetworkAttachmentDefinition default/n is in n.yaml:1 too, with another configuration; remove one",
-		faults[0].Where()+" "+faults[0].String())
+	annotated := func(config, annotation string) string {
+		return strings.Replace(nad("n", config), "{name: n}", "{name: n, annotations: {"+annotation+"}}", 1)
+	}
+	for other, same := range map[string]bool{
+		nad("n", `{"type": "bridge"}`):                                 true,
+		annotated(`{"type": "bridge"}`, `other: x`):                    true,
+		annotated(`{"type": "bridge"}`, `sidewire/storm: "5"`):         false,
+		annotated(`{"type": "bridge"}`, `sidewire/link-local: "true"`): false,
+		nad("n", `{"type": "ovs", "bridge": "b"}`):                     false,
+		nad("n", `{"type": "macvlan"}`):                                false,
+	} {
+		docs, err := Parse("n.yaml", []byte(nad("n", `{"type": "bridge"}`)+"---\n"+nad("n", `{"type": "bridge"}`)+"---\n"+other))
+		require.NoError(t, err)
+		faults := Validate(docs, Options{})
+		if same {
+			assert.Empty(t, faults, other)
+			continue
+		}
+		require.Len(t, faults, 1, other)
+		assert.Equal(t, "n.yaml:11 metadata.name: NetworkAttachmentDefinition default/n is in n.yaml:1 too, with another configuration or other annotations; remove one",
+			faults[0].Where()+" "+faults[0].String(), other)
+	}
 }
 
 // guest is a VMI with one interface on a Multus network.
@@ -358,6 +375,19 @@ func TestLeases(t *testing.T) {
 	}
 	assert.Equal(t, []string{"10.1.1.2/29", "10.1.1.3/24", "10.1.1.4/29", "10.1.1.2/24"}, got)
 
+	// Untagged is VLAN 1 to a bridge, and none to Open vSwitch.
+	for kind, want := range map[string][]string{"bridge": {"10.1.1.2/24", "10.1.1.3/24"}, "ovs": {"10.1.1.2/24", "10.1.1.2/24"}} {
+		var nads []string
+		for name, vlan := range map[string]string{"x": "", "y": `"vlan": 1, `} {
+			nads = append(nads, nad(name, strings.Replace(subnet(vlan, "10.1.1.0/24"), "bridge", kind, 1)))
+		}
+		docs, err = Parse("v.yaml", []byte(guest("v1", "x")+guest("v2", "y")+strings.Join(nads, "---\n")))
+		require.NoError(t, err)
+		assert.Empty(t, append(Validate(docs, Options{}), Unsupported(docs)...))
+		vms := Plan(docs)
+		assert.Equal(t, want, []string{vms[0].Interfaces[0].Network.Lease.Address.String(), vms[1].Interfaces[0].Network.Lease.Address.String()}, kind)
+	}
+
 	docs, err = Parse("v.yaml", []byte(guest("v1", "x")+guest("v2", "x")+nad("x", subnet("", "10.1.1.0/30"))))
 	require.NoError(t, err)
 	assert.Equal(t, []string{`spec.networks[0].multus.networkName: no address is left in NetworkAttachmentDefinition default/x (v.yaml:9) for interface "a"; enlarge its range`},
@@ -375,19 +405,6 @@ func TestStableMAC(t *testing.T) {
 			require.Len(t, mac, 6)
 			assert.Equal(t, byte(2), mac[0]&3, "locally administered, of one station")
 			key := name + strings.Replace(ns, ", namespace: default", "", 1)
-	// Untagged is VLAN 1 to a bridge, and none to Open vSwitch.
-	for kind, want := range map[string][]string{"bridge": {"10.1.1.2/24", "10.1.1.3/24"}, "ovs": {"10.1.1.2/24", "10.1.1.2/24"}} {
-		var nads []string
-		for name, vlan := range map[string]string{"x": "", "y": `"vlan": 1, `} {
-			nads = append(nads, nad(name, strings.Replace(subnet(vlan, "10.1.1.0/24"), "bridge", kind, 1)))
-		}
-		docs, err = Parse("v.yaml", []byte(guest("v1", "x")+guest("v2", "y")+strings.Join(nads, "---\n")))
-		require.NoError(t, err)
-		assert.Empty(t, append(Validate(docs, Options{}), Unsupported(docs)...))
-		vms := Plan(docs)
-		assert.Equal(t, want, []string{vms[0].Interfaces[0].Network.Lease.Address.String(), vms[1].Interfaces[0].Network.Lease.Address.String()}, kind)
-	}
-
 			if old, ok := seen[key]; ok {
 				assert.Equal(t, old, mac.String())
 			}
