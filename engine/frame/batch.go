@@ -105,6 +105,9 @@ func (b *Batch) Alloc(n int) []byte {
 	return s
 }
 
+// TrimAlloc gives back the last n bytes of what Alloc lent last.
+func (b *Batch) TrimAlloc(n int) { b.used -= n }
+
 // SetReply makes f the frame whose bytes are b, a slice that Alloc lent or
 // that is otherwise kept until the batch is reset.
 func (b *Batch) SetReply(f *Frame, bytes []byte) bool {
