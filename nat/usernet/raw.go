@@ -122,10 +122,36 @@ func setTimer(fd int, ns int64) unix.Errno {
 	return errno
 }
 
-// atMark says whether the next byte of a TCP socket's queue is urgent.
-func atMark(fd int32) bool {
+// queued is how many bytes of a TCP socket's queue can be read, up to urgent
+// data.
+func queued(fd int32) (int, unix.Errno) {
 	var v int32
 	// SAFETY: the kernel writes 4 bytes during the call.
-	_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCATMARK, uintptr(unsafe.Pointer(&v)))
-	return errno == 0 && v != 0
+	_, _, errno := unix.RawSyscall(unix.SYS_IOCTL, uintptr(fd), unix.TIOCINQ, uintptr(unsafe.Pointer(&v)))
+	return int(v), errno
+}
+
+// setLinger has a TCP socket say RST when it is closed.
+func setLinger(fd int32) {
+	l := unix.Linger{Onoff: 1}
+	// SAFETY: the kernel reads l during the call.
+	_, _, _ = unix.RawSyscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_LINGER, uintptr(unsafe.Pointer(&l)), unsafe.Sizeof(l), 0)
+}
+
+// writable says whether a socket takes data. One that does not tells by an event
+// when it does.
+func writable(fd int32) bool {
+	p := unix.PollFd{Fd: fd, Events: unix.POLLOUT}
+	var zero unix.Timespec
+	// SAFETY: the kernel reads and writes p, and reads zero, during the call.
+	n, _, errno := unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p)), 1, uintptr(unsafe.Pointer(&zero)), 0, 0, 0)
+	return errno == 0 && n == 1 && p.Revents&unix.POLLOUT != 0
+}
+
+// sockname reads the address that a socket is bound to.
+func sockname(fd int32, a *unix.RawSockaddrInet4) unix.Errno {
+	n := uint32(unsafe.Sizeof(*a))
+	// SAFETY: the kernel writes at most n bytes, the size of *a, during the call.
+	_, _, errno := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(a)), uintptr(unsafe.Pointer(&n)))
+	return errno
 }

@@ -57,6 +57,7 @@ type flow struct {
 	backoff uint8 // of the retransmission timer
 	ttl     uint8 // last set on the socket, 0 for the default
 	tos     uint8
+	strange uint8 // frames in a row that came to another worker than the flow's
 
 	rcvNxt  uint32 // next byte expected from the guest
 	rcvAck  uint32 // what the guest was told last

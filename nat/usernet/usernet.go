@@ -25,6 +25,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/sys/unix"
+
 	"sidewire/engine/frame"
 )
 
@@ -45,9 +47,8 @@ type Config struct {
 	MTU int
 	// Workers is how many there are.
 	Workers int
-	// Rooms lend the rx buffers of the guest's queue pairs, by pair; nil where
-	// they cannot be lent.
-	Rooms []Room
+	// Pairs are the guest's queue pairs.
+	Pairs []Pair
 	// Services are addresses inside the guest's network that stand for others.
 	Services []Service
 	// Loopback lets the gateway's address stand for the host's loopback.
@@ -63,7 +64,7 @@ type Config struct {
 	// Policy says where the guest may go. The zero value allows all but the
 	// host's loopback.
 	Policy Policy
-	// Resume, if positive, is a network namespace's descriptor in which sockets
+	// NetNS, if positive, is a network namespace's descriptor in which sockets
 	// are made. The workers' threads enter it for that.
 	NetNS int
 	// MaxFlows bounds the flows of each worker; 0 is 131072.
@@ -74,6 +75,14 @@ type Config struct {
 	// Timeouts of idle flows; zero ones are the defaults.
 	Timeouts Timeouts
 	Log      *slog.Logger
+}
+
+// Pair is a queue pair of the guest.
+type Pair struct {
+	// Worker serves it.
+	Worker int
+	// Room lends its rx buffers; nil if they cannot be lent.
+	Room Room
 }
 
 // Room lends a guest's rx buffers to receive into. A frame lies in buffers that
@@ -93,6 +102,9 @@ type Room interface {
 	// whether it has since Reserve found too few. Disarm undoes it.
 	Arm() (more bool)
 	Disarm()
+	// Short says that Reserve found too few buffers last, rather than that the
+	// guest cannot take frames in this way at all.
+	Short() bool
 }
 
 // Service is an address and port of the guest's network that stand for others
@@ -119,18 +131,27 @@ const (
 //
 // Process and the queues are the workers'; all else is safe for concurrent use.
 type Net struct {
-	conf    Config
-	log     *slog.Logger
-	guest   uint32
-	gateway uint32
-	mask    uint32
-	gwMAC   uint64
-	mac     atomic.Uint64 // the guest's, 0 while it is not known
-	mss     uint16        // of the guest's link
-	policy  atomic.Pointer[Policy]
-	service map[serviceKey]target
-	sockets socketBudget
-	workers []*worker
+	conf     Config
+	log      *slog.Logger
+	guest    uint32
+	gateway  uint32
+	mask     uint32
+	gwMAC    uint64
+	mac      atomic.Uint64 // the guest's, 0 while it is not known
+	mss      uint16        // of the guest's link
+	policy   atomic.Pointer[Policy]
+	service  map[serviceKey]target
+	sockets  socketBudget
+	ns       netns
+	frags    fragTable
+	reverse  reverse       // of service
+	ids      atomic.Uint32 // of packets that go to the guest in fragments
+	workers  []*worker
+	forwards forwards // see listen.go
+	// saidNoPing: the log has it that there are no ping sockets.
+	saidNoPing atomic.Bool
+	// noPeekOff says that the kernel knows no SO_PEEK_OFF for TCP.
+	noPeekOff atomic.Bool
 
 	mu        sync.Mutex // guards what follows
 	listeners map[Forward]*listener
@@ -177,6 +198,10 @@ func New(c Config) (*Net, error) {
 	for _, s := range c.Services {
 		n.service[serviceKey{s.Proto, ip4(s.Addr.Addr()), s.Addr.Port()}] = target{s.To.Addr().As16(), s.To.Port()}
 	}
+	n.reverse.init(c.Services)
+	if err := n.ns.open(c.NetNS); err != nil {
+		return nil, fmt.Errorf("user network: %w", err)
+	}
 	for i := range c.Workers {
 		w, err := newWorker(n, i)
 		if err != nil {
@@ -200,6 +225,7 @@ func (n *Net) Close() error {
 	for _, w := range n.workers {
 		w.close()
 	}
+	n.ns.close()
 	return nil
 }
 
@@ -211,6 +237,7 @@ func (n *Net) Process(b *frame.Batch) {
 	w := n.workers[b.Worker]
 	w.mu.Lock()
 	w.begin(b.Now)
+	w.turn()
 	elsewhere := w.elsewhere[:0]
 	for i, k := 0, b.Len(); i < k; i++ {
 		f := b.Frame(i)
@@ -229,6 +256,10 @@ func (n *Net) Process(b *frame.Batch) {
 	w.elsewhere = elsewhere[:0]
 }
 
+// moveAfter is how many batches in a row bring a flow's frames to another
+// worker before the flow follows.
+const moveAfter = 8
+
 // processElsewhere takes frames that belong to no flow of their worker to
 // whichever has it. If nobody has, the flow is the worker's own to open.
 func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
@@ -236,16 +267,11 @@ func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
 		if o == w {
 			continue
 		}
-		left := fs[:0]
-		o.mu.Lock()
-		o.begin(b.Now)
-		for _, f := range fs {
-			if !o.known(b, f) {
-				left = append(left, f)
-			}
+		left := o.foreign(b, fs)
+		if len(left) < len(fs) {
+			o.queue.wake()
+			n.follow(o, w)
 		}
-		o.finish(b)
-		o.mu.Unlock()
 		if fs = left; len(fs) == 0 {
 			return
 		}
@@ -259,6 +285,79 @@ func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
 		}
 	}
 	w.finish(b)
+}
+
+// foreign deals with frames that another worker was given, and returns those
+// that are not of this one's flows either. It lists in moving the flows that
+// should follow their frames.
+func (w *worker) foreign(b *frame.Batch, fs []*frame.Frame) (left []*frame.Frame) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.begin(b.Now)
+	w.guest = true
+	defer func() { w.guest = false }()
+	left = fs[:0]
+	for _, f := range fs {
+		if !w.known(b, f) {
+			left = append(left, f)
+		}
+	}
+	w.finish(b)
+	return left
+}
+
+// follow moves flows to the worker that gets their frames.
+func (n *Net) follow(from, to *worker) {
+	a, z := from, to
+	if a.id > z.id {
+		a, z = z, a
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(from.moving) == 0 {
+		return
+	}
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	for _, m := range from.moving {
+		if f := from.table.at(m.flow); f.gen == m.gen && f.state != stateFree {
+			from.moveTo(to, m.flow)
+		}
+	}
+	from.moving = from.moving[:0]
+}
+
+// moveTo gives a flow to another worker. Both locks are held.
+func (w *worker) moveTo(to *worker, i int32) {
+	f := w.table.at(i)
+	j := to.table.add(f.key)
+	if j == none {
+		return
+	}
+	w.wheel.stop(i)
+	w.unready(i)
+	g := to.table.at(j)
+	links := *g
+	*g = *f
+	g.gen, g.next, g.strange = links.gen, links.next, 0
+	if g.flags&delayed != 0 && g.proto == frame.ProtoTCP {
+		g.flags = g.flags&^delayed | ackNow
+	}
+	if mark, ok := w.marks[i]; ok {
+		if to.marks == nil {
+			to.marks = map[int32]uint32{}
+		}
+		to.marks[j] = mark
+		delete(w.marks, i)
+	}
+	if f.fd >= 0 {
+		// What the socket has to tell it tells again where it is added.
+		_ = unix.EpollCtl(w.epfd, unix.EPOLL_CTL_DEL, int(f.fd), nil)
+		_ = to.watch(f.fd, flowEvents, eventFlow, j, g.gen)
+	}
+	w.table.remove(i)
+	to.wheel.set(j, to.tick+1)
+	to.stats.Moved++
 }
 
 // guestFrame deals with one frame of the guest. It reports false for one that
@@ -340,12 +439,14 @@ func (w *worker) known(b *frame.Batch, f *frame.Frame) bool {
 		if i < 0 {
 			return false
 		}
+		w.strange(i)
 		w.tcpSegment(b, f, i)
 	case frame.ProtoUDP:
 		i := w.table.find(udpKey(f))
 		if i < 0 {
 			return false
 		}
+		w.strange(i)
 		w.udpDatagram(b, f, i)
 	case frame.ProtoICMP:
 		return w.icmpKnown(b, f)
@@ -353,6 +454,18 @@ func (w *worker) known(b *frame.Batch, f *frame.Frame) bool {
 		return false
 	}
 	return true
+}
+
+// strange notes whether a flow's frame came to its own worker.
+func (w *worker) strange(i int32) {
+	f := w.table.at(i)
+	if !w.guest {
+		f.strange = 0
+		return
+	}
+	if f.strange++; f.strange == moveAfter {
+		w.moving = append(w.moving, flowRef{i, f.gen})
+	}
 }
 
 // unknown deals with a frame of a flow that no worker has.

@@ -51,25 +51,41 @@ type worker struct {
 	readyHead, readyTail int32
 	// Flows that the present batch touched, and what is to be told to the
 	// guest of them at its end.
-	touched []int32
+	touched []touchedFlow
+	// Flows that are to follow their frames to another worker, and whether it is
+	// another one that holds the lock.
+	moving []flowRef
+	guest  bool
 	// What waits to be sent to one socket.
 	out outgoing
 	// Acknowledgements that may travel with data, and since when the oldest
 	// waits.
-	delayed   []delayedAck
+	delayed   []flowRef
 	ackSince  int64
 	elsewhere []*frame.Frame // the worker's own, not guarded
 
 	// Buffers reserved in this turn, and how many hold frames, by pair.
-	rooms []roomUse
-	msg   unix.Msghdr
-	iovs  [iovMax]unix.Iovec
-	addr  unix.RawSockaddrInet4
-	sa    unix.SockaddrInet4
-	udp   udpScratch
-	evs   [eventsMax]unix.EpollEvent
-	queue Queue
+	rooms   []roomUse
+	msg     unix.Msghdr
+	iovs    [iovMax]unix.Iovec
+	addr    unix.RawSockaddrInet4
+	sa      unix.SockaddrInet4
+	udp     udpScratch
+	evs     [eventsMax]unix.EpollEvent
+	quoted  frame.Frame      // see unreachable
+	scratch []byte           // see peekBehind
+	marks   map[int32]uint32 // see seeUrgent
+	queue   Queue
 }
+
+// flowRef names a flow, which may have ended meanwhile.
+type flowRef struct {
+	flow int32
+	gen  uint32
+}
+
+// flowEvents are what a flow's socket tells of.
+const flowEvents = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLPRI | unix.EPOLLET
 
 type roomUse struct {
 	room  Room
@@ -79,12 +95,16 @@ type roomUse struct {
 }
 
 func newWorker(n *Net, id int) (*worker, error) {
-	w := &worker{net: n, id: id, epfd: -1, timer: -1, readyHead: none, readyTail: none}
+	w := &worker{net: n, id: id, epfd: -1, timer: -1, readyHead: none, readyTail: none, out: outgoing{flow: none}}
 	w.queue.w = w
 	w.table.init(n.conf.MaxFlows)
 	w.wheel.init(&w.table, 0)
-	for _, r := range n.conf.Rooms {
-		w.rooms = append(w.rooms, roomUse{room: r})
+	for _, p := range n.conf.Pairs {
+		r := roomUse{}
+		if p.Worker == id {
+			r.room = p.Room
+		}
+		w.rooms = append(w.rooms, r)
 	}
 	var err error
 	if w.epfd, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -122,7 +142,15 @@ func (w *worker) close() {
 		}
 	}
 	w.epfd, w.timer = -1, -1
+	w.udp.close()
 }
+
+// seenShift makes the units in which a flow's silence is measured of ticks:
+// 1.07 s. They come round after 19 hours.
+const seenShift = 8
+
+// seen is the present in these units.
+func (w *worker) seen() uint16 { return uint16(w.tick >> seenShift) }
 
 // begin is called with the lock held before anything else is done in a batch.
 func (w *worker) begin(now int64) {
@@ -130,6 +158,7 @@ func (w *worker) begin(now int64) {
 	if t := uint32(now >> tickShift); t != w.tick {
 		w.tick = t
 	}
+	w.udp.begin(&w.table)
 }
 
 // finish does what is done once for all frames of a batch: data goes to the
@@ -143,12 +172,12 @@ func (w *worker) finish(b *frame.Batch) {
 // settle does what finish does, but for the data.
 func (w *worker) settle(b *frame.Batch) {
 	for k := 0; k < len(w.touched); k++ {
-		i := w.touched[k]
-		if i == none {
+		t := w.touched[k]
+		if t.flow == none {
 			continue // it has ended since
 		}
-		w.table.at(i).batchAt = -1
-		w.tcpSettle(b, i)
+		w.table.at(t.flow).batchAt = -1
+		w.tcpSettle(b, t.flow, t.una)
 	}
 	w.touched = w.touched[:0]
 }
@@ -157,7 +186,7 @@ func (w *worker) settle(b *frame.Batch) {
 func (w *worker) touch(i int32) {
 	if f := w.table.at(i); f.batchAt < 0 {
 		f.batchAt = int16(len(w.touched))
-		w.touched = append(w.touched, i)
+		w.touched = append(w.touched, touchedFlow{i, f.sndUna})
 	}
 }
 
@@ -202,10 +231,13 @@ func (w *worker) drop(i int32) {
 		_ = unix.Close(int(f.fd))
 		w.net.sockets.give()
 	}
+	if f.flags&urgent != 0 && f.proto == frame.ProtoTCP {
+		delete(w.marks, i)
+	}
 	w.wheel.stop(i)
 	w.unready(i)
 	if f.batchAt >= 0 {
-		w.touched[f.batchAt] = none
+		w.touched[f.batchAt].flow = none
 	}
 	w.stats.closed(f.proto)
 	w.table.remove(i)
@@ -241,6 +273,7 @@ func (q *Queue) Pull(b *frame.Batch) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.begin(b.Now)
+	w.turn()
 	w.events(b)
 	if w.tick != w.wheel.now {
 		w.wheel.advance(w.tick, func(i int32) { w.expired(b, i) })
@@ -259,7 +292,7 @@ func (q *Queue) Pull(b *frame.Batch) int {
 }
 
 // Release implements engine.Queue.
-func (q *Queue) Release(*frame.Batch) {
+func (q *Queue) Release(b *frame.Batch) {
 	w := q.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -268,6 +301,18 @@ func (q *Queue) Release(*frame.Batch) {
 			r.room.Free()
 			r.used = 0
 		}
+	}
+	for i := range b.Len() {
+		if f := b.Frame(i); f.Reason == frame.NoBuffer && f.Token > 0 && f.Proto == frame.ProtoTCP {
+			w.notDelivered(f)
+		}
+	}
+}
+
+// wake has the queue's worker look at it.
+func (q *Queue) wake() {
+	if q.watcher != nil {
+		q.watcher.Wake()
 	}
 }
 
@@ -310,7 +355,7 @@ func (w *worker) socketEvent(b *frame.Batch, i int32, events uint32) {
 // pump lets the flows that may have something for the guest bring it, each as
 // much as is fair, while the batch has room.
 func (w *worker) pump(b *frame.Batch) {
-	for i := w.readyHead; i != none && b.Len() <= frame.BatchSize-pumpFrames; {
+	for i := w.readyHead; i != none && b.Len() < frame.BatchSize; {
 		f := w.table.at(i)
 		next := f.readyNext
 		var verdict pumped
@@ -324,6 +369,8 @@ func (w *worker) pump(b *frame.Batch) {
 		}
 		switch {
 		case verdict == pumpGone: // the flow is no more, and out of the list
+		case verdict == pumpLater:
+			return
 		case verdict == pumpAgain:
 			// Behind all others, so that each has its turn.
 			w.unready(i)
@@ -345,6 +392,7 @@ type pumped uint8
 const (
 	pumpDone  pumped = iota // there is no more for now; an event will tell
 	pumpAgain               // there may be more
+	pumpLater               // there is more, but the batch has no room left
 	pumpWait                // there is more, but the guest has no buffers
 	pumpGone                // the flow has ended
 )
@@ -355,7 +403,7 @@ func (w *worker) expired(b *frame.Batch, i int32) {
 	case frame.ProtoTCP:
 		w.tcpTimer(b, i)
 	default:
-		w.mappingTimer(i)
+		w.mappingTimer(b, i)
 	}
 }
 

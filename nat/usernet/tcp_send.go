@@ -1,0 +1,484 @@
+package usernet
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+const (
+	// maxPayload is what fits into the longest IP packet.
+	maxPayload = 65535 - ip4Len - tcpLen
+	headLen    = l4 + tcpLen // of a segment for the guest
+	// shortRead is how much is received at once while it is not known whether
+	// there is much: it is copied once more.
+	shortRead = 16 << 10
+	// bulkMin is what a read must bring for the next to go straight into the
+	// guest's buffers.
+	bulkMin = 2048
+	// pumpFrames is how many frames a flow may bring in its turn.
+	pumpFrames = 4
+	// keepEdge is how much window is enough not to ask for more with each
+	// small segment.
+	keepEdge = 48 << 10
+	// peekScratch takes what a kernel without SO_PEEK_OFF for TCP (before Linux
+	// 6.9) hands out once more.
+	peekScratch = 64 << 10
+)
+
+// tcpHeader makes f a segment with n bytes of payload behind its header and
+// options, opts bytes of which the caller has put behind the header.
+func (w *worker) tcpHeader(f *frame.Frame, fl *flow, seq uint32, bits uint8, opts, n int) {
+	src, total := unmapped(&fl.remote), tcpLen+opts+n
+	w.toGuest(f, frame.ProtoTCP, src, ip4Len+total, fl.queue)
+	h := f.Head[l4 : l4+tcpLen]
+	binary.BigEndian.PutUint16(h[0:], fl.rport)
+	binary.BigEndian.PutUint16(h[2:], fl.gport)
+	binary.BigEndian.PutUint32(h[4:], seq)
+	binary.BigEndian.PutUint32(h[8:], fl.rcvNxt)
+	h[12], h[13] = byte(tcpLen+opts)<<2, bits
+	wnd := uint32(max(int32(fl.rcvEdge-fl.rcvNxt), 0))
+	if bits&tcpSYN == 0 {
+		wnd >>= fl.oscale
+	}
+	binary.BigEndian.PutUint16(h[14:], uint16(min(wnd, 0xffff)))
+	// The device completes the sum for guests that do not take it so.
+	binary.BigEndian.PutUint16(h[16:], frame.Fold(pseudoSum(src, w.net.guest, frame.ProtoTCP, total)))
+	h[18], h[19] = 0, 0
+	f.HeadLen, f.Len = uint16(headLen+opts), int32(headLen+opts+n)
+	f.Flags, f.CsumStart, f.CsumOffset, f.HdrLen = frame.NeedsCsum, l4, 16, uint16(headLen+opts)
+	fl.rcvAck = fl.rcvNxt
+}
+
+// emit sends the guest a segment without payload. It reports false if there is
+// no room for it.
+func (w *worker) emit(b *frame.Batch, fl *flow, seq uint32, bits uint8) bool {
+	f := b.Reply()
+	if f == nil {
+		return false
+	}
+	w.tcpHeader(f, fl, seq, bits, 0, 0)
+	return true
+}
+
+// emitACK tells the guest what has come and how much more may.
+func (w *worker) emitACK(b *frame.Batch, i int32) {
+	fl := w.table.at(i)
+	w.keepWindow(fl)
+	if w.emit(b, fl, fl.sndNxt, tcpACK) {
+		fl.flags &^= ackNow
+	} else {
+		w.wheel.set(i, w.tick+1) // ackNow stays, and is looked at there
+	}
+}
+
+// keepWindow opens the guest's window unless it is wide enough: to ask the
+// kernel with each small segment would cost more than to send it.
+func (w *worker) keepWindow(fl *flow) {
+	if int32(fl.rcvEdge-fl.rcvNxt) < keepEdge || fl.rcvNxt-fl.rcvAck >= 4096 || fl.flags&stalled != 0 {
+		w.openWindow(fl)
+	}
+}
+
+// openWindow moves the right edge of the guest's window to what the socket is
+// going to take.
+func (w *worker) openWindow(fl *flow) {
+	left := fl.rcvEdge - fl.rcvNxt
+	switch {
+	case fl.fd < 0 || fl.flags&guestFin != 0:
+		return
+	case fl.flags&stalled != 0:
+		fl.rcvEdge = fl.rcvNxt
+		return
+	}
+	var m meminfo
+	if memInfo(fl.fd, &m) != 0 {
+		return
+	}
+	// A buffer's bookkeeping counts too, so not all that is free is for data.
+	free := (int64(m.sndbuf) - int64(m.wmemQueued)) * 3 / 4
+	wnd := uint32(max(0, min(free, 0xffff<<fl.oscale)))
+	if wnd < uint32(fl.mss) {
+		wnd = 0 // RFC 9293, 3.8.6.2.2: silly windows
+	}
+	if int32(left) > 0 && wnd < left {
+		wnd = left // it was promised
+	}
+	fl.rcvEdge = fl.rcvNxt + wnd
+	if int64(m.wmemQueued) > int64(m.sndbuf)*2/3 && fl.flags&waitOut == 0 {
+		// Only a socket that was found to be full tells when it no longer is.
+		w.askForRoom(fl)
+	}
+}
+
+// askForRoom has an event tell when a socket that is nearly full takes more.
+func (w *worker) askForRoom(fl *flow) {
+	if writable(fl.fd) {
+		return
+	}
+	fl.flags |= waitOut
+}
+
+// roomAgain is called when a socket takes data again.
+func (w *worker) roomAgain(b *frame.Batch, i int32) {
+	fl := w.table.at(i)
+	was := fl.flags
+	fl.flags &^= waitOut | stalled
+	w.openWindow(fl)
+	w.emit(b, fl, fl.sndNxt, tcpACK)
+	if was&stalled != 0 {
+		// What it did not take has to come again: three more of the same make
+		// the guest send it at once (RFC 5681, 3.2).
+		for range 3 {
+			w.emit(b, fl, fl.sndNxt, tcpACK)
+		}
+	}
+}
+
+// sendSYN sends the guest our SYN, which acknowledges its own if it has come.
+func (w *worker) sendSYN(b *frame.Batch, i int32) {
+	fl := w.table.at(i)
+	w.startRTO(i)
+	f := b.Reply()
+	if f == nil {
+		return // the timer does it
+	}
+	bits, mss := uint8(tcpSYN), w.net.mss
+	o := f.Head[headLen:]
+	o[0], o[1], o[2], o[3] = 2, 4, byte(mss>>8), byte(mss)
+	n := 4
+	if fl.oscale > 0 || fl.state == stateSynSent {
+		o[4], o[5], o[6], o[7] = 1, 3, 3, ourScale
+		n = 8
+	}
+	if fl.state != stateSynSent {
+		bits |= tcpACK
+		w.openWindow(fl)
+	}
+	w.tcpHeader(f, fl, fl.sndUna, bits, n, 0)
+	fl.sndMax = fl.sndNxt
+}
+
+// resetUnknown answers a segment of a connection that there is not (RFC 9293,
+// 3.10.7.1).
+func (w *worker) resetUnknown(b *frame.Batch, f *frame.Frame, s *segment) {
+	if s.flags&tcpRST != 0 {
+		return
+	}
+	r := b.Reply()
+	if r == nil {
+		return
+	}
+	// A flow that is just for this.
+	fl := flow{key: tcpKey(f), queue: f.Queue, rcvNxt: s.end(), rcvEdge: s.end()}
+	seq, bits := uint32(0), uint8(tcpRST|tcpACK)
+	if s.flags&tcpACK != 0 {
+		seq, bits = s.ack, tcpRST
+		fl.rcvNxt, fl.rcvEdge = 0, 0
+	}
+	w.tcpHeader(r, &fl, seq, bits, 0, 0)
+}
+
+// tcpPump brings the guest what a connection's socket holds for it.
+func (w *worker) tcpPump(b *frame.Batch, i int32) pumped {
+	fl := w.table.at(i)
+	for range pumpFrames {
+		if fl.flags&readable == 0 || fl.state != stateEstablished {
+			return pumpDone
+		}
+		limit := w.maySend(i)
+		if limit <= 0 {
+			return pumpDone // the guest's acknowledgement makes it ready again
+		}
+		if v := w.tcpReceive(b, i, limit); v != pumpAgain {
+			return v
+		}
+	}
+	return pumpAgain
+}
+
+// maySend is how many bytes the guest's window and congestion let be sent now.
+func (w *worker) maySend(i int32) int {
+	fl := w.table.at(i)
+	flight := fl.sndNxt - fl.sndUna
+	if fl.flags&hostFin != 0 {
+		return 0
+	}
+	wnd := min(fl.sndWnd, fl.cwnd)
+	if flight >= wnd {
+		if fl.sndWnd == 0 && flight == 0 && fl.rtxDue == 0 {
+			w.startRTO(i) // to probe
+		}
+		return 0
+	}
+	n := wnd - flight
+	if n < uint32(fl.mss) && flight > 0 {
+		return 0 // RFC 9293, 3.8.6.2.1: more is on its way to be acknowledged
+	}
+	if n > maxPayload {
+		n = maxPayload / uint32(fl.mss) * uint32(fl.mss)
+	}
+	return int(n)
+}
+
+// tcpReceive takes up to limit bytes from a socket's queue, where they stay, and
+// makes a frame of them. It says pumpAgain if it has.
+func (w *worker) tcpReceive(b *frame.Batch, i int32, limit int) pumped {
+	fl := w.table.at(i)
+	if fl.flags&urgent != 0 {
+		limit = w.toMark(i, limit)
+	}
+	f := b.Next()
+	if f == nil {
+		return pumpLater
+	}
+	niov, lent, v := w.place(b, f, i, limit)
+	if v != pumpDone {
+		b.Undo()
+		return v
+	}
+	n, errno := w.peek(fl, niov)
+	if errno != 0 || n == 0 {
+		b.Undo()
+		b.TrimAlloc(lent.alloc)
+		switch {
+		case errno == unix.EAGAIN:
+			fl.flags &^= readable
+			return pumpDone
+		case errno == unix.EFAULT:
+			return pumpWait // the guest's memory is going away, and its ring with it
+		case errno != 0:
+			w.hostError(b, i)
+			return pumpGone
+		}
+		return w.hostEnds(b, i)
+	}
+	if n < lent.room && fl.flags&hangup == 0 {
+		fl.flags &^= readable // it is empty; when it no longer is, an event tells
+	}
+	w.segmentFor(b, f, i, n, lent)
+	return pumpAgain
+}
+
+// lent is where a frame's payload goes.
+type lent struct {
+	room  int // bytes
+	bufs  *roomUse
+	buf   []byte // of the batch's arena
+	alloc int    // how much of it
+}
+
+// place finds memory for limit bytes of payload of f, in the guest or in the
+// batch, and puts it to w.iovs behind the place for what is skipped.
+func (w *worker) place(b *frame.Batch, f *frame.Frame, i int32, limit int) (niov int, at lent, v pumped) {
+	fl := w.table.at(i)
+	if fl.flags&bulk != 0 && int(fl.queue) < len(w.rooms) && w.rooms[fl.queue].room != nil {
+		r := &w.rooms[fl.queue]
+		need := frame.VnetHdrMrgLen + headLen
+		bufs := r.room.Reserve(r.used, need+min(limit, bulkMin), need+limit)
+		if bufs != nil {
+			r.bufs, at.bufs = bufs, r
+			skip := need
+			for k := r.used; k < len(bufs) && limit > 0 && niov < iovMax; k++ {
+				p := bufs[k]
+				if skip >= len(p) {
+					skip -= len(p)
+					continue
+				}
+				p = p[skip:]
+				skip = 0
+				p = p[:min(len(p), limit)]
+				setIov(&w.iovs[niov], p)
+				niov++
+				limit -= len(p)
+				at.room += len(p)
+			}
+			return niov, at, pumpDone
+		}
+		if r.room.Short() {
+			r.short = true
+			return 0, at, pumpWait
+		}
+		// The guest does not take frames like these: by the batch's memory.
+	}
+	inHead := min(limit, frame.HeadSize-headLen)
+	setIov(&w.iovs[0], f.Head[headLen:headLen+inHead])
+	niov, at.room = 1, inHead
+	if rest := limit - inHead; rest > 0 {
+		for n := min(rest, shortRead); n >= bulkMin/2 || n == rest; n /= 2 {
+			if at.buf = b.Alloc(n); at.buf != nil {
+				at.alloc = n
+				at.room += n
+				setIov(&w.iovs[1], at.buf)
+				return 2, at, pumpDone
+			}
+		}
+		return 0, at, pumpLater
+	}
+	return niov, at, pumpDone
+}
+
+// peek receives what follows the bytes that the guest has not acknowledged yet,
+// without taking it off the socket's queue.
+func (w *worker) peek(fl *flow, niov int) (int, unix.Errno) {
+	m := &w.msg
+	m.Name, m.Namelen, m.Control = nil, 0, nil
+	m.SetControllen(0)
+	flight := fl.sndNxt - fl.sndUna
+	if flight > 0 && fl.flags&peekOff == 0 && !w.net.noPeekOff.Load() {
+		switch setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(flight)) {
+		case 0:
+			fl.flags |= peekOff
+		default:
+			w.net.noPeekOff.Store(true)
+		}
+	}
+	m.Iov = &w.iovs[0]
+	m.SetIovlen(niov)
+	if flight == 0 || fl.flags&peekOff != 0 {
+		return recvmsg(fl.fd, m, unix.MSG_PEEK)
+	}
+	return w.peekBehind(fl, niov, int(flight))
+}
+
+// peekBehind is peek for a kernel that knows no offset: the bytes before are
+// received too, on top of each other.
+func (w *worker) peekBehind(fl *flow, niov, flight int) (int, unix.Errno) {
+	if w.scratch == nil {
+		w.scratch = make([]byte, peekScratch)
+	}
+	before := (flight + peekScratch - 1) / peekScratch
+	if before+niov > iovMax {
+		return 0, unix.EAGAIN
+	}
+	copy(w.iovs[before:], w.iovs[:niov])
+	for k, left := 0, flight; k < before; k++ {
+		n := min(left, peekScratch)
+		setIov(&w.iovs[k], w.scratch[:n])
+		left -= n
+	}
+	w.msg.SetIovlen(before + niov)
+	n, errno := recvmsg(fl.fd, &w.msg, unix.MSG_PEEK)
+	switch {
+	case errno != 0:
+		return 0, errno
+	case n > flight:
+		return n - flight, 0
+	case fl.flags&hangup != 0:
+		return 0, 0
+	}
+	return 0, unix.EAGAIN
+}
+
+// segmentFor makes f the segment with the n bytes that were received.
+func (w *worker) segmentFor(b *frame.Batch, f *frame.Frame, i int32, n int, at lent) {
+	fl := w.table.at(i)
+	bits := uint8(tcpACK)
+	if fl.flags&readable == 0 {
+		bits |= tcpPSH
+	}
+	seq := fl.sndNxt
+	w.keepWindow(fl)
+	if before(seq, fl.sndMax) {
+		w.stats.Retransmits++
+	} else if fl.rttAt == 0 {
+		fl.rttSeq, fl.rttAt = seq+uint32(n), w.rttNow()
+	}
+	w.tcpHeader(f, fl, seq, bits, 0, n)
+	if fl.flags&urgent != 0 {
+		w.markUrgent(f, i, seq)
+	}
+	f.Token = uint32(i) + 1
+	if n > int(fl.mss) {
+		f.GSO, f.GSOSize = frame.GSOTCPv4, fl.mss
+	}
+	switch {
+	case at.bufs != nil:
+		r := at.bufs
+		f.RxAt, f.RxBufs = uint16(r.used), covering(r.bufs[r.used:], frame.VnetHdrMrgLen+headLen+n)
+		tail := b.Segs(int(f.RxBufs))
+		skip, left := frame.VnetHdrMrgLen+headLen, n
+		for k := r.used; left > 0 && tail != nil; k++ {
+			p := r.bufs[k]
+			if skip >= len(p) {
+				skip -= len(p)
+				continue
+			}
+			p = p[skip:]
+			skip = 0
+			p = p[:min(len(p), left)]
+			left -= len(p)
+			tail = append(tail, p)
+		}
+		f.Tail = tail
+		r.used += int(f.RxBufs)
+	default:
+		inHead := min(n, frame.HeadSize-headLen)
+		f.HeadLen += uint16(inHead)
+		if n > inHead {
+			f.Tail = append(b.Segs(1), at.buf[:n-inHead])
+		}
+		b.TrimAlloc(at.alloc - (n - inHead))
+	}
+	switch {
+	case n >= shortRead || fl.flags&bulk != 0 && n >= bulkMin:
+		fl.flags |= bulk
+	default:
+		fl.flags &^= bulk
+	}
+	fl.sndNxt += uint32(n)
+	if before(fl.sndMax, fl.sndNxt) {
+		fl.sndMax = fl.sndNxt
+	}
+	if fl.rtxDue == 0 {
+		w.startRTO(i)
+	}
+}
+
+// notDelivered takes back a segment for which the guest had no buffers: it has
+// not been sent.
+func (w *worker) notDelivered(f *frame.Frame) {
+	i := int32(f.Token - 1)
+	fl := w.table.at(i)
+	seq := binary.BigEndian.Uint32(f.Head[l4+4:])
+	if fl.state != stateEstablished || fl.gport != f.DstPort() || fl.rport != f.SrcPort() || before(seq, fl.sndUna) || !before(seq, fl.sndNxt) {
+		return
+	}
+	fl.sndNxt = seq
+	if fl.flags&peekOff != 0 {
+		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(seq-fl.sndUna))
+	}
+	// Nobody tells when there are buffers: it tries again soon.
+	fl.flags |= readable | retry
+	w.timer0(i, w.tick+1)
+}
+
+// covering is how many of the buffers n bytes take.
+func covering(bufs [][]byte, n int) (k uint16) {
+	for ; n > 0 && int(k) < len(bufs); k++ {
+		n -= len(bufs[k])
+	}
+	return k
+}
+
+// hostEnds is reached when the host's side has sent all that it will.
+func (w *worker) hostEnds(b *frame.Batch, i int32) pumped {
+	fl := w.table.at(i)
+	if fl.flags&hostFin != 0 {
+		return pumpDone
+	}
+	if !w.emit(b, fl, fl.sndNxt, tcpFIN|tcpACK) {
+		return pumpLater
+	}
+	fl.flags = fl.flags&^readable | hostFin
+	fl.sndNxt++
+	if before(fl.sndMax, fl.sndNxt) {
+		fl.sndMax = fl.sndNxt
+	}
+	if fl.rtxDue == 0 {
+		w.startRTO(i)
+	}
+	return pumpDone
+}

@@ -1,0 +1,415 @@
+package usernet
+
+import (
+	"encoding/binary"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+const (
+	// receiveMost is how many datagrams a worker takes from the kernel in one
+	// batch, or runs of them; receiveTurn how many of one socket before others
+	// have their turn.
+	receiveMost = 64
+	receiveTurn = 32
+	// A datagram's first bytes go to a slot of smallSlot bytes, which lie close
+	// together, and what is longer to one of largeSlot: so a batch of ordinary
+	// datagrams touches 128 KiB, and a large one still fits.
+	smallSlot = 2 << 10
+	largeSlot = 64 << 10
+	arenaLen  = receiveMost * (smallSlot + largeSlot)
+
+	headUDP = l4 + udpLen
+)
+
+// datagramsIn is what came from sockets, for the batch.
+type datagramsIn struct {
+	arena []byte // mapped: pages that nothing was received into take no memory
+	msgs  [receiveMost]mmsghdr
+	iovs  [receiveMost][2]unix.Iovec
+	names [receiveMost]unix.RawSockaddrInet4
+	ctls  [receiveMost][controlRoom / 8]uint64
+
+	next int // first slot that is free
+	// Slots from at to end hold what the batch had no room for, of a mapping.
+	at, end int
+	flow    int32
+	gen     uint32
+}
+
+// controlRoom is the room for a message's control data: the size of a run's
+// datagrams, the hop count and the type of service.
+const controlRoom = 96
+
+func newDatagramsIn() *datagramsIn {
+	arena, err := unix.Mmap(-1, 0, arenaLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return nil
+	}
+	rx := &datagramsIn{arena: arena}
+	for s := range rx.msgs {
+		setIov(&rx.iovs[s][0], rx.small(s))
+		setIov(&rx.iovs[s][1], rx.large(s))
+		h := &rx.msgs[s].hdr
+		h.Name, h.Iov, h.Control = nameOf(&rx.names[s]), &rx.iovs[s][0], controlOf(&rx.ctls[s])
+		h.SetIovlen(2)
+		rx.clean(s)
+	}
+	return rx
+}
+
+func (rx *datagramsIn) small(s int) []byte { return rx.arena[s*smallSlot:][:smallSlot:smallSlot] }
+
+func (rx *datagramsIn) large(s int) []byte {
+	return rx.arena[receiveMost*smallSlot+s*largeSlot:][:largeSlot:largeSlot]
+}
+
+// clean makes a slot ready to receive into.
+func (rx *datagramsIn) clean(s int) {
+	h := &rx.msgs[s].hdr
+	h.Namelen = unix.SizeofSockaddrInet4
+	h.SetControllen(controlRoom)
+}
+
+// turn frees the slots that the last batch borrowed.
+func (rx *datagramsIn) turn() {
+	if rx.at == rx.end {
+		rx.next, rx.at, rx.end = 0, 0, 0
+	}
+}
+
+// receive brings the guest what a mapping's socket has, and tells of its errors.
+func (w *worker) receive(b *frame.Batch, i int32) pumped {
+	rx := w.udp.rx
+	if rx == nil {
+		if rx = newDatagramsIn(); rx == nil {
+			return pumpDone // no memory, now
+		}
+		w.udp.rx = rx
+	}
+	if !w.deliver(b) {
+		return pumpAgain
+	}
+	fl := w.table.at(i)
+	if fl.flags&mapErrors != 0 {
+		fl.flags &^= mapErrors
+		if _, more := w.socketErrors(b, i, true); more {
+			fl.flags |= mapErrors
+			return pumpAgain
+		}
+	}
+	want := min(receiveTurn, receiveMost-rx.next, frame.BatchSize-b.Len())
+	if want <= 0 {
+		return pumpAgain
+	}
+	for range 3 {
+		n, errno := recvmmsg(fl.fd, rx.msgs[rx.next:rx.next+want], 0)
+		switch {
+		case errno == 0:
+			rx.at, rx.end, rx.flow, rx.gen = rx.next, rx.next+n, i, fl.gen
+			rx.next = rx.end
+			if !w.deliver(b) || n == want {
+				return pumpAgain
+			}
+			// Errors that came meanwhile, or ended the call, have an event of
+			// their own.
+			return pumpDone
+		case errno == unix.EAGAIN:
+			return pumpDone
+		}
+		// An ICMP error that shows up here, once; the queue of errors tells it.
+	}
+	return pumpDone
+}
+
+// deliver makes frames of what was received, and reports whether all of it
+// found room.
+func (w *worker) deliver(b *frame.Batch) bool {
+	rx := w.udp.rx
+	for ; rx.at < rx.end; rx.at++ {
+		fl := w.table.at(rx.flow)
+		if fl.state == stateMapping && fl.gen == rx.gen {
+			if !w.fromHost(b, rx.flow, rx.at) {
+				return false
+			}
+		}
+		rx.clean(rx.at)
+	}
+	return true
+}
+
+// ancillary is what came with a datagram.
+type ancillary struct {
+	segment  int // the size of the run's datagrams, 0 for a single one
+	ttl, tos uint8
+}
+
+func (rx *datagramsIn) ancillary(s int) (a ancillary) {
+	a.ttl = 64
+	rest := controlBytes(&rx.ctls[s])[:min(int(rx.msgs[s].hdr.Controllen), controlRoom)]
+	for {
+		level, typ, d, more, ok := nextControl(rest)
+		switch {
+		case !ok:
+			return a
+		case level == unix.IPPROTO_UDP && typ == unix.UDP_GRO && len(d) >= 4:
+			a.segment = int(binary.NativeEndian.Uint32(d))
+		case level == unix.SOL_IP && typ == unix.IP_TTL && len(d) >= 4:
+			a.ttl = uint8(binary.NativeEndian.Uint32(d))
+		case level == unix.SOL_IP && typ == unix.IP_TOS && len(d) >= 1:
+			a.tos = d[0]
+		}
+		rest = more
+	}
+}
+
+// fromHost makes frames of what a slot holds. It reports false if there is no
+// room for them in this batch.
+func (w *worker) fromHost(b *frame.Batch, i int32, s int) bool {
+	rx, fl := w.udp.rx, w.table.at(i)
+	host, hport := binary.BigEndian.Uint32(rx.names[s].Addr[:]), netPort(rx.names[s].Port)
+	var src uint32
+	var sport uint16
+	if fl.proto == frame.ProtoICMP {
+		hport = 0
+	}
+	if host == fl.hostAddr() && hport == fl.hostPort() {
+		src, sport = fl.lastAddr(), fl.lastPort()
+		fl.seen = w.seen()
+	} else {
+		from, ok := target{mapped(host), hport}, false
+		if !w.udpMayCome(i, from) {
+			w.stats.Filtered++
+			return true
+		}
+		if src, sport, ok = w.udpShown(i, from, true); !ok {
+			w.stats.Filtered++
+			return true
+		}
+		if fl.flags&forwarded != 0 && src == host {
+			w.udpClient(i, from, src, sport)
+		}
+	}
+	fl.flags |= mapAnswered
+	n := int(rx.msgs[s].len)
+	a := rx.ancillary(s)
+	if src&w.net.mask == w.net.gateway&w.net.mask {
+		a.ttl = 64 // from the gateway itself, or somebody on its link
+	} else {
+		a.ttl = max(a.ttl, 2) - 1
+	}
+	if fl.proto == frame.ProtoICMP {
+		return w.echoFromHost(b, fl, s, n, src, a)
+	}
+	if a.segment == 0 || a.segment >= n {
+		a.segment = 0
+		if headUDP-l3+n <= w.net.conf.MTU {
+			return w.datagram(b, fl, s, 0, n, src, sport, a)
+		}
+		return w.tooBig(b, fl, s, n, n, src, sport, a)
+	}
+	if headUDP-l3+a.segment <= w.net.conf.MTU {
+		return w.datagram(b, fl, s, 0, n, src, sport, a)
+	}
+	return w.tooBig(b, fl, s, n, a.segment, src, sport, a)
+}
+
+// datagram makes one frame of a datagram that the guest's MTU takes, or of a
+// run of such: of the n bytes of a slot from off on.
+func (w *worker) datagram(b *frame.Batch, fl *flow, s, off, n int, src uint32, sport uint16, a ancillary) bool {
+	f := b.Next()
+	if f == nil {
+		return false
+	}
+	if !w.fill(b, f, headUDP, s, off, n) {
+		b.Undo()
+		return false
+	}
+	w.udpHeaders(f, fl, n, src, sport, a)
+	return true
+}
+
+// udpHeaders writes the headers of a datagram of n bytes for the guest. Its
+// checksum is left to others.
+func (w *worker) udpHeaders(f *frame.Frame, fl *flow, n int, src uint32, sport uint16, a ancillary) {
+	w.toGuest(f, frame.ProtoUDP, src, headUDP-l3+n, fl.queue)
+	h := f.Head[:headUDP]
+	carry(h, a)
+	binary.BigEndian.PutUint16(h[l4:], sport)
+	binary.BigEndian.PutUint16(h[l4+2:], fl.gport)
+	binary.BigEndian.PutUint16(h[l4+4:], uint16(udpLen+n))
+	binary.BigEndian.PutUint16(h[l4+6:], frame.Fold(pseudoSum(src, w.net.guest, frame.ProtoUDP, udpLen+n)))
+	f.Flags, f.CsumStart, f.CsumOffset = frame.NeedsCsum, l4, 6
+	if a.segment > 0 {
+		f.GSO, f.GSOSize, f.HdrLen = frame.GSOUDPL4, uint16(a.segment), headUDP
+	}
+}
+
+// carry writes the hop count and the traffic class that a packet came with.
+func carry(h []byte, a ancillary) {
+	if h[l3+8] == a.ttl && h[l3+1] == a.tos {
+		return
+	}
+	h[l3+1], h[l3+8], h[l3+10], h[l3+11] = a.tos, a.ttl, 0, 0
+	putIPSum(h)
+}
+
+// fill lets a frame whose headers take at bytes of its Head end with n bytes of
+// a slot, from off on: what fits into Head is copied there if that is all. It
+// reports false if there is no room for the pieces.
+func (w *worker) fill(b *frame.Batch, f *frame.Frame, at, s, off, n int) bool {
+	rx := w.udp.rx
+	f.HeadLen, f.Len = uint16(at), int32(at+n)
+	if n <= frame.HeadSize-at && off+n <= smallSlot {
+		copy(f.Head[at:], rx.small(s)[off:off+n])
+		f.HeadLen += uint16(n)
+		return true
+	}
+	segs := b.Segs(2)
+	if segs == nil {
+		return false
+	}
+	if off < smallSlot {
+		k := min(n, smallSlot-off)
+		segs = append(segs, rx.small(s)[off:off+k:off+k])
+		off, n = smallSlot, n-k
+	}
+	if n > 0 {
+		off -= smallSlot
+		segs = append(segs, rx.large(s)[off:off+n:off+n])
+	}
+	f.Tail = segs
+	return true
+}
+
+// tooBig brings the guest the n bytes of a slot as datagrams of size bytes each,
+// which its MTU does not take, in fragments.
+func (w *worker) tooBig(b *frame.Batch, fl *flow, s, n, size int, src uint32, sport uint16, a ancillary) bool {
+	mtu := w.net.conf.MTU
+	need := 0
+	for off := 0; off < n; off += size {
+		need += fragmentsOf(udpLen+min(size, n-off), mtu)
+	}
+	if have := frame.BatchSize - b.Len(); need > have || 4*need > b.SegsLeft() {
+		if b.Len() > 0 {
+			return false
+		}
+		w.stats.Filtered++ // more than a batch has room for
+		return true
+	}
+	a.segment = 0
+	for off := 0; off < n; off += size {
+		r := &w.udp.whole
+		*r = frame.Frame{In: b.In}
+		k := min(size, n-off)
+		if !w.fill(b, r, headUDP, s, off, k) {
+			return true // counted above
+		}
+		w.udpHeaders(r, fl, k, src, sport, a)
+		r.CompleteChecksum()
+		w.deliverWhole(b, r, true)
+	}
+	return true
+}
+
+// echoFromHost brings the guest an answer to its echo request.
+func (w *worker) echoFromHost(b *frame.Batch, fl *flow, s, n int, src uint32, a ancillary) bool {
+	rx := w.udp.rx
+	if n < icmpLen || rx.small(s)[0] != icmpEchoReply {
+		return true
+	}
+	if need := fragmentsOf(n, w.net.conf.MTU); need > frame.BatchSize-b.Len() || 4*need > b.SegsLeft() {
+		return false
+	}
+	r := &w.udp.whole
+	*r = frame.Frame{In: b.In}
+	if !w.fill(b, r, l4+icmpLen, s, icmpLen, n-icmpLen) {
+		return false
+	}
+	w.toGuest(r, frame.ProtoICMP, src, ip4Len+n, fl.queue)
+	carry(r.Head[:l4], a)
+	restoreID(r.Head[l4:], rx.small(s)[:icmpLen], fl.gport)
+	w.deliverWhole(b, r, true)
+	return true
+}
+
+// fragmentsOf is how many fragments an IPv4 packet has whose payload is n bytes
+// long, 1 if it fits into the MTU whole.
+func fragmentsOf(n, mtu int) int {
+	if ip4Len+n <= mtu {
+		return 1
+	}
+	per := (mtu - ip4Len) &^ 7
+	return (n + per - 1) / per
+}
+
+// deliverWhole adds a copy of a frame for the guest to the batch: as it is, or
+// as fragments, in order, where the MTU does not take it. Its headers are 20
+// bytes of IPv4 and it is complete. It reports false if there is no room.
+func (w *worker) deliverWhole(b *frame.Batch, r *frame.Frame, pull bool) bool {
+	room := frame.BatchMax - b.Len()
+	if pull {
+		room = frame.BatchSize - b.Len()
+	}
+	n := int(r.Len) - l4
+	count := fragmentsOf(n, w.net.conf.MTU)
+	if count > room || count > 1 && count+len(r.Tail) > b.SegsLeft() {
+		return false
+	}
+	if count == 1 {
+		*b.Reply() = *r
+		return true
+	}
+	id := uint16(w.net.ids.Add(1)) // RFC 6864: unique as long as the guest may wait
+	per := (w.net.conf.MTU - ip4Len) &^ 7
+	c := cursor{rest: r.Tail}
+	for off := 0; off < n; off += per {
+		k := min(per, n-off)
+		f := b.Reply()
+		f.Out, f.Queue, f.In = r.Out, r.Queue, r.In
+		h := f.Head[:l4]
+		copy(h, r.Head[:l4])
+		field := uint16(off / 8)
+		if off+k < n {
+			field |= frame.MoreFragments
+		}
+		binary.BigEndian.PutUint16(h[l3+2:], uint16(ip4Len+k))
+		binary.BigEndian.PutUint16(h[l3+4:], id)
+		binary.BigEndian.PutUint16(h[l3+6:], field)
+		h[l3+10], h[l3+11] = 0, 0
+		putIPSum(h)
+		f.L3, f.L4, f.Proto, f.Frag = l3, l4, r.Proto, off > 0
+		f.HeadLen, f.Len = l4, int32(l4+k)
+		if off == 0 { // what r has in its Head is less than a fragment
+			f.HeadLen = r.HeadLen
+			k -= copy(f.Head[l4:], r.Head[l4:r.HeadLen])
+		}
+		c.move(b, f, k)
+	}
+	return true
+}
+
+// cursor goes through pieces of memory.
+type cursor struct {
+	piece []byte
+	rest  [][]byte
+}
+
+// move lets a frame end with the next n bytes, shared. The batch has room for
+// the pieces.
+func (c *cursor) move(b *frame.Batch, f *frame.Frame, n int) {
+	segs := b.Segs(1 + len(c.rest))
+	for n > 0 {
+		for len(c.piece) == 0 {
+			c.piece, c.rest = c.rest[0], c.rest[1:]
+		}
+		k := min(n, len(c.piece))
+		segs = append(segs, c.piece[:k:k])
+		c.piece = c.piece[k:]
+		n -= k
+	}
+	b.TrimSegs(cap(segs) - len(segs))
+	f.Tail = segs
+}
