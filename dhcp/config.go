@@ -55,6 +55,9 @@ type Config struct {
 	// gets an OFFER and every REQUEST an ACK whatever it asks for, all other
 	// messages get silence, nothing of the request but its header is echoed.
 	KubeVirtCompat bool
+	// Alone drops what the guest asks of other servers, as frame.Policy: it is
+	// for a network on which there may be one.
+	Alone bool
 
 	// OnLease, if not nil, is told who has the address with every lease: what
 	// comes for the guest from outside need not wait until it speaks of itself.

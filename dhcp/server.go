@@ -102,7 +102,8 @@ func (s *Server) Stats() Stats {
 
 // Process answers the DHCP messages among the frames of a guest's port. A
 // frame that it answers becomes Consumed, an unreadable one is dropped with
-// its reason; one that is not for this server it leaves as it is.
+// its reason; one that is not for this server it leaves as it is, unless it is
+// to be alone.
 func (s *Server) Process(b *frame.Batch) {
 	for i, n := 0, b.Len(); i < n; i++ {
 		f := b.Frame(i)
@@ -120,16 +121,19 @@ func (s *Server) Process(b *frame.Batch) {
 // processUDP looks for DHCP in an untagged IPv4 frame that claims to hold UDP.
 func (s *Server) processUDP(b *frame.Batch, f *frame.Frame) {
 	l4 := frame.EthernetLen + int(f.Head[14]&15)*4
-	if l4+udpLen > int(f.HeadLen) || f.GSOType() != frame.GSONone {
-		return
-	}
-	if frag := binary.BigEndian.Uint16(f.Head[20:]); frag&^frame.DontFragment != 0 {
-		return // no DHCP message is so long that it needs fragments
+	frag := binary.BigEndian.Uint16(f.Head[20:]) &^ frame.DontFragment
+	if l4+udpLen > int(f.HeadLen) || frag&^frame.MoreFragments != 0 {
+		return // the ports are in the first fragment
 	}
 	src, dst := binary.BigEndian.Uint16(f.Head[l4:]), binary.BigEndian.Uint16(f.Head[l4+2:])
 	switch {
 	case dst == serverPort:
-		s.processRequest(b, f, l4+udpLen)
+		if frag == 0 && f.GSOType() == frame.GSONone { // no DHCP message is longer
+			s.processRequest(b, f, l4+udpLen)
+		}
+		if s.offer.Load().Alone && f.Out == frame.Drop && f.Reason == frame.ReasonNone {
+			f.Drop(frame.Policy)
+		}
 	case dst == clientPort && src == serverPort:
 		// Where the engine serves DHCP, nobody else does (H091).
 		s.count(func(st *Stats) { st.FromServer++ })

@@ -308,6 +308,48 @@ func TestRateLimit(t *testing.T) {
 	assert.EqualValues(t, 100+150+100+200, n.s.Stats().RateLimited)
 }
 
+// A server that is to be alone answers as any other. What it leaves to others
+// goes no further, however it is sent; it knows nothing of what is no DHCP.
+func TestAlone(t *testing.T) {
+	m, other := message(t, msgDiscover), message(t, msgDiscover, dhcpv4.WithHwAddr(otherMAC[:]))
+	e := enginetest.Eth{Dst: frame.Broadcast, Src: guestMAC}
+	ip := enginetest.IP{Src: guestIP, Dst: netip.MustParseAddr("10.9.9.9")}
+	toServer := enginetest.UDP{Src: 68, Dst: 67}
+	first, last := ip, ip
+	first.Frag, last.Frag = frame.MoreFragments, 1
+	for name, c := range map[string]struct {
+		p   []byte
+		gso uint8
+		ask bool
+	}{
+		"another MAC":    {broadcastFrame(other), 0, true},
+		"another server": {enginetest.UDPFrame(e, ip, toServer, m.ToBytes()), 0, true},
+		"first fragment": {enginetest.UDPFrame(e, first, toServer, m.ToBytes()), 0, true},
+		"GSO":            {broadcastFrame(m), frame.GSOUDPL4, true},
+		"last fragment":  {enginetest.UDPFrame(e, last, toServer, m.ToBytes()), 0, false},
+		"other port":     {enginetest.UDPFrame(e, ip, enginetest.UDP{Src: 68, Dst: 68}, m.ToBytes()), 0, false},
+		"TCP":            {enginetest.TCPFrame(e, ip, enginetest.TCP{Src: 68, Dst: 67}, m.ToBytes()), 0, false},
+	} {
+		for _, alone := range []bool{true, false} {
+			cfg := masquerade()
+			cfg.MACs, cfg.Alone = []frame.MAC{guestMAC}, alone
+			n := newBench(t, cfg)
+			enginetest.Fill(n.b, c.p)
+			f := n.b.Frame(0)
+			f.GSO = c.gso
+			n.s.Process(n.b)
+			want := frame.ReasonNone
+			if c.ask && alone {
+				want = frame.Policy
+			}
+			assert.Equal(t, 1, n.b.Len(), "%s: answered", name)
+			assert.Equal(t, frame.Drop, f.Out, name)
+			assert.Equal(t, want, f.Reason, "%s, alone %v", name, alone)
+			n.mustAnswer(broadcastFrame(m), dhcpv4.MessageTypeOffer)
+		}
+	}
+}
+
 // What is not for this server passes as it came.
 func TestPassesOver(t *testing.T) {
 	m := message(t, msgDiscover).ToBytes()

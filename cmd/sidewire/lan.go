@@ -318,7 +318,7 @@ func (n *lanNIC) open(s *server, o *options) error {
 	}
 	c := dhcp.Config{
 		Port: n.port, MACs: []frame.MAC{n.mac()}, Address: lease.Address, ServerIP: lease.Gateway,
-		DNS: lease.DNS, Search: lease.Search, MTU: n.mtu(), Routes: leaseRoutes(lease),
+		DNS: lease.DNS, Search: lease.Search, MTU: n.mtu(), Routes: leaseRoutes(lease), Alone: true,
 	}
 	if lease.Router {
 		c.Router = lease.Gateway
@@ -361,29 +361,10 @@ func (n *lanNIC) wire(s *server) error {
 		return err
 	}
 	if n.dhcp != nil {
-		s.engine.SetStages(n.port, n.dhcp, noDHCP{}, stage)
+		s.engine.SetStages(n.port, n.dhcp, stage)
 	} else {
 		s.engine.SetStages(n.port, stage)
 	}
 	n.attach(s)
 	return nil
-}
-
-// noDHCP is the stage behind a guest's DHCP server: what the guest asks of
-// others goes no further.
-type noDHCP struct{}
-
-// Process implements engine.Stage.
-func (noDHCP) Process(b *frame.Batch) {
-	for i := range b.Len() {
-		f := b.Frame(i)
-		h := &f.Head
-		if f.HeadLen < frame.EthernetLen+20+8 || h[23] != frame.ProtoUDP || h[12] != frame.TypeIPv4>>8 || h[13] != frame.TypeIPv4&0xff || f.Out != frame.Drop || f.Reason != frame.ReasonNone {
-			continue
-		}
-		port := frame.EthernetLen + int(h[14]&15)*4 + 2
-		if port+2 <= int(f.HeadLen) && h[20]&0x1f == 0 && h[21] == 0 && h[port] == 0 && h[port+1] == 67 {
-			f.Drop(frame.Policy)
-		}
-	}
 }
