@@ -12,8 +12,10 @@ import (
 )
 
 func TestSwitchStorm(t *testing.T) {
-	b := newBed(t, SwitchConfig{Storm: 1000})
-	b.plainPorts(3)
+	b := newBed(t, SwitchConfig{})
+	b.storm = 1000
+	b.plainPorts(2)
+	b.port(SwitchPort{Storm: 2000})
 	burst := make([][]byte, 64)
 	for i := range burst {
 		burst[i] = eth(frame.Broadcast, mac(0), 0)
@@ -30,6 +32,7 @@ func TestSwitchStorm(t *testing.T) {
 	assert.Equal(t, frame.Storm, b.reason(63))
 	assert.Equal(t, 0, send(0, 1))
 	assert.Equal(t, 100, send(1, 4), "each port by itself")
+	assert.Equal(t, 200, send(2, 4), "and by its own limit")
 	b.batch.Now += int64(10 * time.Millisecond)
 	assert.Equal(t, 10, send(0, 1))
 	b.batch.Now += int64(time.Hour)
@@ -48,7 +51,7 @@ func TestSwitchStorm(t *testing.T) {
 }
 
 func TestSwitchStormOff(t *testing.T) {
-	b := newBed(t, SwitchConfig{Storm: -1})
+	b := newBed(t, SwitchConfig{})
 	b.plainPorts(2)
 	for range 1000 {
 		b.send(0, eth(frame.Broadcast, mac(0), 0))
@@ -138,7 +141,7 @@ type pushes struct{ calls, frames int }
 func (p *pushes) Push(_ int, fs []*frame.Frame) { p.calls++; p.frames += len(fs) }
 
 func TestFloodOncePerMember(t *testing.T) {
-	b := newBed(t, SwitchConfig{Storm: -1})
+	b := newBed(t, SwitchConfig{})
 	b.plainPorts(1)
 	p := new(pushes)
 	id, err := b.e.AddPort("pushes", p)

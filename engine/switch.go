@@ -32,9 +32,6 @@ type SwitchConfig struct {
 	// Age is after how much silence an address is forgotten, to the second; 0
 	// is 5 minutes.
 	Age time.Duration
-	// Storm is how many frames a second a port may bring that go to many, with
-	// bursts of a tenth of it (64 at least). 0 is 20000, less is no limit.
-	Storm int
 	// LinkLocal lets frames to the group addresses 01:80:c2:00:00:00 to 0f
 	// pass (LLDP, STP, LACP), which a bridge otherwise keeps. PAUSE (01) never
 	// passes.
@@ -63,6 +60,9 @@ type SwitchPort struct {
 	// Trunk is nil and Access 0, everything passes as it is: tagged frames
 	// belong to the VLAN that the outer tag says, all others to none.
 	Trunk []uint16
+	// Storm is how many frames a second the port may bring that go to many, with
+	// bursts of a tenth of it (64 at least). 0 is 20000, less is no limit.
+	Storm int
 	// Uplink is a port that many stations are behind: it may own 16 times as
 	// many addresses, and SpoofCheck is ignored.
 	Uplink bool
@@ -85,12 +85,11 @@ type SwitchPort struct {
 //
 // All methods are safe for concurrent use.
 type Switch struct {
-	e     *Engine
-	name  string
-	conf  SwitchConfig
-	storm stormLimit
-	fdb   *fdb
-	view  atomic.Pointer[switchView]
+	e    *Engine
+	name string
+	conf SwitchConfig
+	fdb  *fdb
+	view atomic.Pointer[switchView]
 
 	mu  sync.Mutex // guards changes of view
 	err error      // why the switch cannot be used
@@ -127,6 +126,7 @@ type member struct {
 	max    int32     // length of the longest frame without GSO and tag
 	steer  *steering // nil: one queue pair
 	owner  *owner
+	storm  stormLimit
 	bucket bucket
 	counts []*memberCounts // by worker
 }
@@ -145,7 +145,7 @@ func (e *Engine) NewSwitch(c SwitchConfig) *Switch {
 	if c.Age <= 0 {
 		c.Age = defaultAge
 	}
-	s := &Switch{e: e, name: c.Name, conf: c, storm: newStormLimit(c.Storm)}
+	s := &Switch{e: e, name: c.Name, conf: c}
 	s.fdb = newFDB(uint32(max(c.Age/time.Second, 1)))
 	id, err := e.AddPort(c.Name+" flood", newFlood(s, e.Workers()))
 	s.err = err
@@ -186,7 +186,7 @@ func (s *Switch) newMember(c SwitchPort) (*member, error) {
 		return nil, err
 	}
 	mac := macKey(c.MAC, 0)
-	m := &member{sw: s, id: c.Port, portVLANs: vlans, uplink: c.Uplink, steer: newSteering(c.Queues)}
+	m := &member{sw: s, id: c.Port, portVLANs: vlans, uplink: c.Uplink, steer: newSteering(c.Queues), storm: newStormLimit(c.Storm)}
 	m.bucket.paid.Store(math.MinInt64)
 	for range s.e.workers {
 		m.counts = append(m.counts, new(memberCounts))
@@ -512,7 +512,7 @@ func (m *member) flood(f *frame.Frame, dst uint64, w *batchWork) {
 	case !w.view.shared.has(vlan):
 		m.drop(f, w, frame.NoRoute)
 		return
-	case !m.bucket.take(m.sw.storm, w.b.Now):
+	case !m.bucket.take(m.storm, w.b.Now):
 		m.drop(f, w, frame.Storm)
 		return
 	}

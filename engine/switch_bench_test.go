@@ -21,9 +21,10 @@ func benchSwitch(b *testing.B, n, stations int, c SwitchPort) (*Engine, *Switch,
 		b.Fatal(err)
 	}
 	b.Cleanup(e.Close)
-	sw := e.NewSwitch(SwitchConfig{MACs: maxOwned, Storm: -1})
+	sw := e.NewSwitch(SwitchConfig{MACs: maxOwned})
 	var stages []Stage
 	var ids []frame.PortID
+	c.Storm = -1
 	for range n {
 		c.Port, _ = e.AddPort("bench", nowhere{})
 		st, err := sw.AddPort(c)

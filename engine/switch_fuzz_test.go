@@ -150,7 +150,7 @@ func FuzzSwitch(f *testing.F) {
 		if len(kinds) > 6 || len(steps) > 5*200 {
 			return
 		}
-		b := newBed(t, SwitchConfig{Storm: -1, Age: modelAge * time.Second})
+		b := newBed(t, SwitchConfig{Age: modelAge * time.Second})
 		m := &model{known: map[modelKey]modelPlace{}}
 		for _, k := range kinds {
 			c := fuzzPorts[int(k)%len(fuzzPorts)]

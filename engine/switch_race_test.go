@@ -67,7 +67,7 @@ func TestSwitchWorkers(t *testing.T) {
 	e, err := New(Config{Workers: 3, Poll: PollAlways})
 	require.NoError(t, err)
 	defer e.Close()
-	s := e.NewSwitch(SwitchConfig{MACs: 32, Age: time.Second, Storm: -1})
+	s := e.NewSwitch(SwitchConfig{MACs: 32, Age: time.Second})
 	ctx, stop := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -85,7 +85,7 @@ func TestSwitchWorkers(t *testing.T) {
 		id, err := e.AddPort("listener", l)
 		require.NoError(t, err)
 		l.id.Store(uint32(id))
-		st, err := s.AddPort(SwitchPort{Port: id, Access: 10 + 10*uint16(i&1), Queues: 1 + i&2})
+		st, err := s.AddPort(SwitchPort{Port: id, Access: 10 + 10*uint16(i&1), Queues: 1 + i&2, Storm: -1})
 		require.NoError(t, err)
 		e.SetStages(id, st)
 		q := &chatter{rnd: rand.New(rand.NewPCG(7, uint64(id))), net: l.net}
@@ -155,7 +155,7 @@ func TestSwitchRunSleeps(t *testing.T) {
 
 // TestSwitchAllocs: nothing is allocated for any kind of frame.
 func TestSwitchAllocs(t *testing.T) {
-	b := newBed(t, SwitchConfig{Storm: -1, MACs: 16})
+	b := newBed(t, SwitchConfig{MACs: 16})
 	checked := SwitchPort{Access: 10, Queues: 2, MAC: own, SpoofCheck: true, CheckARP: true}
 	for _, c := range []SwitchPort{checked, {Trunk: []uint16{10, 20}}, {}, {Access: 10}} {
 		c.Port, _ = b.e.AddPort("nowhere", nowhere{})

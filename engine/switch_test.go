@@ -14,6 +14,7 @@ import (
 
 // bed is a switch with ports in memory, whose worker the test plays.
 type bed struct {
+	storm  int // of ports that name none
 	t      testing.TB
 	e      *Engine
 	sw     *Switch
@@ -27,7 +28,7 @@ func newBed(t testing.TB, c SwitchConfig) *bed {
 	e, err := New(Config{Workers: 1, Poll: PollNever})
 	require.NoError(t, err)
 	t.Cleanup(e.Close)
-	return &bed{t: t, e: e, sw: e.NewSwitch(c), batch: new(frame.Batch)}
+	return &bed{t: t, e: e, storm: -1, sw: e.NewSwitch(c), batch: new(frame.Batch)}
 }
 
 // port adds a port and returns its number in the bed.
@@ -36,6 +37,9 @@ func (b *bed) port(c SwitchPort) int {
 	id, err := b.e.AddPort("mem", p)
 	require.NoError(b.t, err)
 	c.Port = id
+	if c.Storm == 0 {
+		c.Storm = b.storm
+	}
 	st, err := b.sw.AddPort(c)
 	require.NoError(b.t, err)
 	b.e.SetStages(id, st)

@@ -85,15 +85,11 @@ func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func()
 }
 
 // config is what the definitions say of the switch itself: whoever asks for
-// link-local frames gets them for all, and the smallest storm limit holds.
+// link-local frames gets them for all.
 func (l *lan) config() engine.SwitchConfig {
 	c := engine.SwitchConfig{Name: l.name}
 	for _, n := range l.nics {
-		sw := n.nad().Switch
-		c.LinkLocal = c.LinkLocal || sw.LinkLocal
-		if sw.Storm != 0 && (c.Storm <= 0 || sw.Storm > 0 && sw.Storm < c.Storm) {
-			c.Storm = sw.Storm
-		}
+		c.LinkLocal = c.LinkLocal || n.nad().Switch.LinkLocal
 	}
 	return c
 }
@@ -354,6 +350,7 @@ func (n *lanNIC) wire(s *server) error {
 	sw := n.nad().Switch
 	c := engine.SwitchPort{
 		Port: n.port, MAC: n.mac(), MTU: n.mtu(), SpoofCheck: sw.SpoofCheck, CheckARP: sw.CheckARP, Queues: n.iface.QueuePairs,
+		Storm: sw.Storm,
 	}
 	c.Access, c.Trunk = n.lan.portVLANs(sw)
 	stage, err := n.lan.sw.AddPort(c)

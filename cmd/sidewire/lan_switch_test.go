@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +17,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"sidewire/engine"
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
 	"sidewire/vhostuser/vhosttest"
@@ -191,10 +193,10 @@ func TestSpoofCheck_KubeVirt(t *testing.T) {
 			plugVM(t, p, "vm2", vhosttest.Options{}).withAddr("10.9.0.2/24")
 			own := p.nicOf("vm1/net").MAC
 			assert.True(t, a.pings("10.9.0.2"))
-			assert.Zero(t, p.spoofed("vm1/net"))
+			assert.Zero(t, p.port("vm1/net guest").Drops["spoofed"])
 			a.run("ip", "link", "set", "eth0", "address", "02:12:34:56:78:9a")
 			assert.Equal(t, !check, a.pings("10.9.0.2"))
-			assert.Equal(t, check, p.spoofed("vm1/net") > 0)
+			assert.Equal(t, check, p.port("vm1/net guest").Drops["spoofed"] > 0)
 			a.run("ip", "link", "set", "eth0", "address", own)
 			assert.True(t, enginetest.Wait(soon, func() bool { return a.pings("10.9.0.2") }))
 			assert.Equal(t, check, p.nicOf("vm1/net").Switch.SpoofCheck)
@@ -202,15 +204,16 @@ func TestSpoofCheck_KubeVirt(t *testing.T) {
 	}
 }
 
-// spoofed is how many frames of a port were dropped because of their source.
-func (p *process) spoofed(name string) uint64 {
+// port is what status says of a port of the engine.
+func (p *process) port(name string) engine.PortStats {
+	p.t.Helper()
 	for _, port := range p.status().Ports {
-		if port.Name == name+" guest" {
-			return port.Drops["spoofed"]
+		if port.Name == name {
+			return port
 		}
 	}
-	p.t.Fatalf("no port of %s", name)
-	return 0
+	p.t.Fatalf("no port %s", name)
+	return engine.PortStats{}
 }
 
 // Two queue pairs and frames of 9000 bytes between guests, both of what the
@@ -310,5 +313,26 @@ func TestAnnotationsOfADefinition(t *testing.T) {
 		assert.Equal(t, asked, hears(t, a, b, lldp), "LLDP")
 		assert.False(t, hears(t, a, b, pause), "PAUSE")
 		assert.Equal(t, !asked, hears(t, a, b, foreign), "ARP in the name of another")
+	}
+}
+
+// How much a guest may send to everybody is its own definition's to say, also
+// where another one joins guests to the same bridge.
+func TestStormOfADefinition(t *testing.T) {
+	p := startLAN(t, onLAN("vm1", "calm", 1)+onLAN("vm2", "blue", 1)+definition("blue", `{"type": "bridge", "bridge": "br0"}`)+
+		strings.Replace(definition("calm", `{"type": "bridge", "bridge": "br0"}`), "{name: calm}", `{name: calm, annotations: {sidewire/storm: "1"}}`, 1))
+	require.Len(t, p.status().Switches, 1)
+	const sent = 100
+	for name, storm := range map[string]bool{"vm1/net": true, "vm2/net": false} {
+		g := connectRaw(t, p, name)
+		ask := enginetest.ARPFrame(enginetest.Eth{Src: g.Options.MAC, Dst: broadcast}, 1, g.Options.MAC, addrOf("10.9.0.1"), zeroMAC, addrOf("10.9.0.2"))
+		require.NoError(t, g.SendAll(0, slices.Repeat([][]byte{ask}, sent)...))
+		require.NoError(t, g.Drain(0, soon))
+		var port engine.PortStats
+		enginetest.Eventually(t, soon, func() bool {
+			port = p.port(name + " guest")
+			return port.InFrames == sent
+		})
+		assert.Equal(t, storm, port.Drops["storm"] > 0, "%s: %v", name, port.Drops)
 	}
 }
