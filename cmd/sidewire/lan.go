@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -61,7 +60,7 @@ func (l *lan) guests() string {
 func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
 	l.sw = s.engine.NewSwitch(l.config())
 	if len(l.links) > 0 {
-		if err := uplink.InNetNS(l.netns, func() error { return l.openLinks(s, stopEngine) }); err != nil {
+		if err := uplink.InNetNS(l.netns, func() error { return l.openLinks(s) }); err != nil {
 			return hostError(err)
 		}
 	}
@@ -70,7 +69,7 @@ func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func()
 			return err
 		}
 	}
-	// Once the engine has stopped, so that no frame meets a port half gone.
+	// The workers stop before anything of this is closed.
 	s.onStop(stopEngine)
 	if err := l.wire(s); err != nil {
 		return err
@@ -95,7 +94,7 @@ func (l *lan) config() engine.SwitchConfig {
 }
 
 // openLinks joins the host's links.
-func (l *lan) openLinks(s *server, stopEngine func() error) error {
+func (l *lan) openLinks(s *server) error {
 	for _, name := range l.links {
 		u := &lanUplink{link: name}
 		var err error
@@ -103,7 +102,7 @@ func (l *lan) openLinks(s *server, stopEngine func() error) error {
 		if err != nil {
 			return err
 		}
-		s.onStop(func() error { return errors.Join(stopEngine(), u.up.Close()) })
+		s.onStop(u.up.Close)
 		if err := l.inspect(u); err != nil {
 			return err
 		}

@@ -73,7 +73,7 @@ func (p *pod) add(n *podNIC) error {
 // with the server; stopEngine must have run before the ports' memory and
 // sockets go.
 func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
-	err := uplink.InNetNS(p.netns, func() error { return p.openHost(s, stopEngine) })
+	err := uplink.InNetNS(p.netns, func() error { return p.openHost(s) })
 	if err != nil {
 		return hostError(err)
 	}
@@ -85,6 +85,8 @@ func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func()
 			return err
 		}
 	}
+	// The workers stop before anything of this is closed.
+	s.onStop(stopEngine)
 	if err := p.wire(s); err != nil {
 		return err
 	}
@@ -98,7 +100,7 @@ func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func()
 }
 
 // openHost opens what lies in the pod's namespace.
-func (p *pod) openHost(s *server, stopEngine func() error) (err error) {
+func (p *pod) openHost(s *server) (err error) {
 	workers := s.engine.Workers()
 	c := uplink.TakeoverConfig{Link: p.link, Workers: workers}
 	for _, n := range p.nics {
@@ -107,7 +109,7 @@ func (p *pod) openHost(s *server, stopEngine func() error) (err error) {
 	if p.host, err = uplink.Takeover(c); err != nil {
 		return err
 	}
-	s.onStop(func() error { return errors.Join(stopEngine(), p.host.Restore()) })
+	s.onStop(p.host.Restore)
 	p.up, err = uplink.Open(uplink.Config{
 		Link: p.link, Sink: p.host.Sink(), Workers: workers, Direct: len(p.nics) == 1, Mark: uplink.Mark,
 	})
