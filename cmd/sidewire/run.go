@@ -61,7 +61,7 @@ type server struct {
 	engine  *engine.Engine
 	turn    int // of the worker that gets the next queue pair
 
-	mu      sync.Mutex // guards what follows
+	mu      sync.Mutex // guards what follows, and engine while start runs
 	open    []served   // in the order of the files
 	lans    []*lan
 	closers []func() error
@@ -100,10 +100,13 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if err != nil {
 		return s, err
 	}
-	s.engine, err = engine.New(engine.Config{Workers: workers(p.all, cpus), CPUs: cpus, Poll: mode, Log: log})
+	e, err := engine.New(engine.Config{Workers: workers(p.all, cpus), CPUs: cpus, Poll: mode, Log: log})
 	if err != nil {
 		return s, machineError{err}
 	}
+	s.mu.Lock()
+	s.engine = e // somebody may ask for the status already
+	s.mu.Unlock()
 	var once sync.Once
 	stopEngine := func() error { once.Do(s.engine.Close); return nil }
 	s.onStop(stopEngine)

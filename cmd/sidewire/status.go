@@ -61,8 +61,11 @@ type InterfaceStatus struct {
 // Status implements controller.
 func (s *server) Status() Status {
 	st := Status{API: apiVersion, Path: s.path, Uptime: time.Since(s.started).Seconds(), Memory: ownMemory()}
-	if s.engine != nil {
-		st.Workers, st.Ports = s.engine.WorkerStats(), s.engine.PortStats()
+	s.mu.Lock()
+	e := s.engine
+	s.mu.Unlock()
+	if e != nil {
+		st.Workers, st.Ports = e.WorkerStats(), e.PortStats()
 	}
 	open, lans := s.serving()
 	for _, n := range open {

@@ -1,8 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -53,4 +57,31 @@ func TestStatusOfAnInterface(t *testing.T) {
 	// that it wants a lease.
 	_, err := w.Outside.Command("ping", "-c", "1", "-W", "2", enginetest.PodIP).Output()
 	require.NoError(t, err, "the first packet to a silent guest is lost")
+}
+
+// The control socket answers from the first moment on. What it says of a server
+// that starts is for the race detector to look at; it sees the more the longer
+// the start takes.
+func TestStatusWhileStarting(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(0)) // many workers raise it
+	const workers = 64
+	docs := writeFile(t, "docs.yaml", onLAN("vm", "blue", 1)+definition("blue", `{"type": "bridge"}`))
+	for range 6 {
+		dir := socketDir(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for ctx.Err() == nil {
+					var st Status
+					_ = ask(ctx, filepath.Join(dir, "control.sock"), "GET", "/status", nil, &st) // nobody may be there yet
+				}
+			})
+		}
+		s := startHere(t, "-f", docs, "--socket-dir", dir, "--poll", "never", "--cpus", "0"+strings.Repeat(",0", workers-1))
+		assert.Len(t, s.Status().Workers, workers)
+		cancel()
+		wg.Wait()
+		require.NoError(t, s.stop())
+	}
 }
