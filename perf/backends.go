@@ -9,6 +9,7 @@ import (
 // cost is what frames cost the backend. A figure that the backend cannot tell
 // is NaN.
 type cost struct {
+	moved   float64 // frames
 	busyNS  float64 // a frame, in turns of its loop that found some
 	allocs  float64 // a frame
 	dropped float64 // frames
@@ -88,5 +89,5 @@ func (b *vhostPMD) costs() (cost, error) {
 		return cost{}, err
 	}
 	f, err := parseFwdStats(s)
-	return cost{busyNS: f.ns(), allocs: 0, dropped: float64(f.dropped)}, err
+	return cost{moved: f.frames, busyNS: f.ns(), allocs: 0, dropped: float64(f.dropped)}, err
 }

@@ -128,8 +128,11 @@ type subject struct {
 
 // figures are what one round brought of one subject.
 type figures struct {
-	frames   float64 // a second
-	syscalls float64 // of the backend, a frame
+	frames float64 // a second
+	// calls and idle are the system calls of the backend's worker in a frame, and
+	// those of them that are no kicks; counted is how many there were. They are
+	// NaN where nobody can tell.
+	calls, idle, counted float64
 	cost
 }
 
@@ -164,19 +167,28 @@ func measureCell(ctx context.Context, s subject, c cell, d time.Duration) (f fig
 	if c.FDB > 0 {
 		time.Sleep(learning)
 	}
-	return observe(ctx, be, fe, c, d)
+	return observe(be, fe, c, d)
 }
 
 // observe counts for a while what flows.
-func observe(ctx context.Context, be backend, fe frontends, c cell, d time.Duration) (f figures, err error) {
+func observe(be backend, fe frontends, c cell, d time.Duration) (f figures, err error) {
 	if err := be.mark(); err != nil {
 		return f, err
 	}
-	calls := startCalls(ctx, be.pid())
+	counter, err := startCalls(be.pid())
+	counts := err == nil // if not, the report says so
+	if counts {
+		defer counter.close()
+	}
 	r, err := fe.rates(d)
-	f.syscalls = calls.stop()
 	if err != nil {
 		return f, err
+	}
+	var n called
+	if counts {
+		if n, err = counter.stop(); err != nil {
+			return f, err
+		}
 	}
 	if f.frames = c.frames(r); f.frames == 0 {
 		return f, errors.New("no frame arrives")
@@ -184,7 +196,13 @@ func observe(ctx context.Context, be backend, fe frontends, c cell, d time.Durat
 	if c.GSO && r.rxBits/8/r.rx < gsoSize*0.99 {
 		return f, fmt.Errorf("frames arrive in pieces of %.0f bytes", r.rxBits/8/r.rx)
 	}
-	f.syscalls /= f.frames
-	f.cost, err = be.costs()
-	return f, err
+	if f.cost, err = be.costs(); err != nil {
+		return f, err
+	}
+	f.calls, f.idle, f.counted = nan, nan, nan
+	if counts {
+		f.counted = float64(n.all)
+		f.calls, f.idle = f.counted/f.moved, float64(n.all-n.kicks)/f.moved
+	}
+	return f, nil
 }

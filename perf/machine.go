@@ -23,7 +23,8 @@ type machine struct {
 	Kernel     string            `json:"kernel"`
 	Go         string            `json:"go"`
 	Commit     string            `json:"commit"`
-	Load       string            `json:"load"` // of the last minute, before anything was measured
+	Load       string            `json:"load"`                               // of the last minute, before anything was measured
+	NoCalls    string            `json:"system_calls_not_counted,omitempty"` // why
 	Versions   map[string]string `json:"versions"`
 }
 
@@ -35,6 +36,9 @@ func describe() machine {
 		Date: time.Now().Format("2006-01-02"), CPU: field("/proc/cpuinfo", "model name"), Processors: runtime.NumCPU(),
 		Memory: field("/proc/meminfo", "MemTotal"), HugePages: hugepages(), Kernel: unix.ByteSliceToString(u.Release[:]),
 		Go: runtime.Version(), Commit: commit(), Versions: map[string]string{},
+	}
+	if err := callsCounted(); err != nil {
+		m.NoCalls = err.Error()
 	}
 	if b, err := os.ReadFile("/proc/loadavg"); err == nil {
 		m.Load, _, _ = strings.Cut(string(b), " ")
@@ -61,6 +65,9 @@ func (m machine) String() string {
 		if v := m.Versions[name]; v != "" {
 			s += ", " + name + " " + v
 		}
+	}
+	if m.NoCalls != "" {
+		s += ". System calls are not counted: " + m.NoCalls
 	}
 	return s + ".\n"
 }

@@ -61,7 +61,7 @@ func (b *engineAlone) costs() (cost, error) {
 		return cost{}, err
 	}
 	frames := float64(s.Frames - b.at.Frames)
-	c := cost{busyNS: float64(s.BusyNS-b.at.BusyNS) / frames, allocs: float64(s.Mallocs-b.at.Mallocs) / frames}
+	c := cost{moved: frames, busyNS: float64(s.BusyNS-b.at.BusyNS) / frames, allocs: float64(s.Mallocs-b.at.Mallocs) / frames}
 	for reason, n := range s.Drops {
 		c.dropped += float64(n - b.at.Drops[reason])
 	}
@@ -168,9 +168,9 @@ func (b *program) costs() (cost, error) {
 	}
 	busy, frames, dropped := s.sum()
 	busy0, frames0, dropped0 := b.at.sum()
-	c := cost{busyNS: nan, allocs: nan, dropped: float64(dropped - dropped0)}
+	c := cost{moved: float64(frames - frames0), busyNS: nan, allocs: nan, dropped: float64(dropped - dropped0)}
 	if busy > busy0 {
-		c.busyNS = float64(busy-busy0) / float64(frames-frames0)
+		c.busyNS = float64(busy-busy0) / c.moved
 	}
 	return c, nil
 }

@@ -155,8 +155,8 @@ func (o *ovsSwitch) costs() (cost, error) {
 	if err != nil {
 		return cost{}, err
 	}
-	busy, err := parsePMDStats(s, time.Since(o.marked))
-	return cost{busyNS: busy, allocs: nan, dropped: nan}, err
+	frames, busy, err := parsePMDStats(s, time.Since(o.marked))
+	return cost{moved: frames, busyNS: busy, allocs: nan, dropped: nan}, err
 }
 
 func (o *ovsSwitch) close() error {
@@ -175,22 +175,22 @@ var (
 	pmdProcessing = regexp.MustCompile(`processing cycles: (\d+)`)
 )
 
-// parsePMDStats reads "dpif-netdev/pmd-stats-show" and returns the nanoseconds
-// that a frame was processed. All cycles together are the time since they were
+// parsePMDStats reads "dpif-netdev/pmd-stats-show" and returns the frames
+// that it received and the nanoseconds that each was processed. All cycles together are the time since they were
 // cleared.
-func parsePMDStats(s string, since time.Duration) (float64, error) {
+func parsePMDStats(s string, since time.Duration) (frames, busyNS float64, err error) {
 	var v [3]float64
 	for i, re := range []*regexp.Regexp{pmdReceived, pmdIdle, pmdProcessing} {
 		m := re.FindStringSubmatch(s) // the first thread is the one that polls
 		if m == nil {
-			return 0, fmt.Errorf("no %v in the switch's answer: %q", re, s)
+			return 0, 0, fmt.Errorf("no %v in the switch's answer: %q", re, s)
 		}
 		v[i], _ = strconv.ParseFloat(m[1], 64)
 	}
 	if v[0] == 0 {
-		return 0, errors.New("the switch received nothing")
+		return 0, 0, errors.New("the switch received nothing")
 	}
-	return v[2] / (v[1] + v[2]) * float64(since.Nanoseconds()) / v[0], nil
+	return v[0], v[2] / (v[1] + v[2]) * float64(since.Nanoseconds()) / v[0], nil
 }
 
 // waitForFile waits until a program has made a file.

@@ -27,7 +27,10 @@ var (
 	busyTime = metric{Name: "busy time", Unit: "ns/frame", Less: true}
 	tripTime = metric{Name: "round trip", Unit: "us", Less: true}
 	allocs   = metric{Name: "allocations", Unit: "per frame", Less: true, Plain: true}
+	// Those of the thread that moves frames, counted one by one.
 	syscalls = metric{Name: "system calls", Unit: "per frame", Less: true, Plain: true}
+	idle     = metric{Name: "system calls that are no kicks", Unit: "per frame", Less: true, Plain: true}
+	counted  = metric{Name: "system calls in all", Unit: "number in the time measured", Less: true, Plain: true}
 	// processors is how near the two sides' processors were to each other,
 	// which the host decides on a virtual machine.
 	processors = metric{Name: "a cache line's way", Unit: "ns", Less: true, Plain: true}
@@ -108,9 +111,9 @@ func (p *programs) packetTrials(cells []cell, quick bool, d time.Duration) []*tr
 	var out []*trial
 	for _, c := range cells {
 		t := &trial{Group: "Packets", Title: c.String(), missing: map[string]error{}, takes: d + 3*time.Second}
-		t.Metrics = []metric{mpps, busyTime, syscalls, allocs, dropped, processors}
+		t.Metrics = []metric{mpps, busyTime, syscalls, idle, counted, allocs, dropped, processors}
 		if c.Path == roundTrip {
-			t.Metrics = []metric{tripTime, syscalls, processors}
+			t.Metrics = []metric{tripTime, syscalls, idle, counted, processors}
 		}
 		for _, name := range c.subjects(p, quick) {
 			t.Subjects = append(t.Subjects, name)
@@ -134,7 +137,8 @@ func (p *programs) packetTrials(cells []cell, quick bool, d time.Duration) []*tr
 // values are the figures by metric.
 func (f figures) values(c cell) values {
 	v := values{
-		mpps.Name: f.frames / 1e6, busyTime.Name: f.busyNS, allocs.Name: f.allocs, syscalls.Name: f.syscalls, dropped.Name: f.dropped,
+		mpps.Name: f.frames / 1e6, busyTime.Name: f.busyNS, allocs.Name: f.allocs, dropped.Name: f.dropped,
+		syscalls.Name: f.calls, idle.Name: f.idle, counted.Name: f.counted,
 	}
 	if c.Path == roundTrip {
 		// One frame is seen twice on its way, by either guest.

@@ -35,7 +35,7 @@ func TestParseTestpmdRates(t *testing.T) {
 func TestParseTestpmdForwardStats(t *testing.T) {
 	f, err := parseFwdStats(string(readFile(t, "testdata", "fwd-stats.txt")))
 	require.NoError(t, err)
-	assert.Equal(t, fwdStats{cycles: 298.85, mhz: 2450, dropped: 7}, f)
+	assert.Equal(t, fwdStats{frames: 16082720, cycles: 298.85, mhz: 2450, dropped: 7}, f)
 	assert.InDelta(t, 121.98, f.ns(), 0.01)
 	_, err = parseFwdStats("testpmd> ")
 	assert.Error(t, err)
@@ -43,20 +43,14 @@ func TestParseTestpmdForwardStats(t *testing.T) {
 
 func TestParseOVSStats(t *testing.T) {
 	s := string(readFile(t, "testdata", "pmd-stats.txt"))
-	ns, err := parsePMDStats(s, 2*time.Second)
+	frames, ns, err := parsePMDStats(s, 2*time.Second)
 	require.NoError(t, err)
+	assert.Equal(t, 10e6, frames)
 	assert.InDelta(t, 150, ns, 0.001, "three quarters of two seconds, for ten million frames")
-	_, err = parsePMDStats(strings.Replace(s, "received: 10000000", "received: 0", 1), time.Second)
+	_, _, err = parsePMDStats(strings.Replace(s, "received: 10000000", "received: 0", 1), time.Second)
 	assert.ErrorContains(t, err, "received nothing")
-	_, err = parsePMDStats("", time.Second)
+	_, _, err = parsePMDStats("", time.Second)
 	assert.Error(t, err)
-}
-
-func TestParseCalls(t *testing.T) {
-	assert.EqualValues(t, 512, parseCalls("Events enabled\n512,,raw_syscalls:sys_enter,1001,100.00,,\n"))
-	for _, s := range []string{"", "<not counted>,,raw_syscalls:sys_enter,0,100.00,,\n", "access denied\n"} {
-		assert.NotEqual(t, parseCalls(s), parseCalls(s), "%q is no number", s)
-	}
 }
 
 func TestParseIperf(t *testing.T) {

@@ -158,6 +158,7 @@ var (
 
 // fwdStats are testpmd's figures of its own loop.
 type fwdStats struct {
+	frames  float64
 	cycles  float64 // per frame, in turns that found some
 	mhz     float64 // of those cycles
 	dropped uint64  // frames for which the other side had no room
@@ -173,6 +174,9 @@ func parseFwdStats(s string) (f fwdStats, err error) {
 		return f, fmt.Errorf("no cycles in testpmd's answer: %q", s[max(0, len(s)-300):])
 	}
 	if f.cycles, err = strconv.ParseFloat(m[1], 64); err != nil {
+		return f, err
+	}
+	if f.frames, err = strconv.ParseFloat(m[4], 64); err != nil {
 		return f, err
 	}
 	if f.mhz, err = strconv.ParseFloat(m[5], 64); err != nil {
