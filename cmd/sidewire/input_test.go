@@ -364,6 +364,21 @@ func TestForwardCommand(t *testing.T) {
 	}
 }
 
+// A port that cannot be published belongs to nobody afterwards.
+func TestForwardThatFails(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun", "nft")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	mac := "        macAddress: " + guestMAC.String() + "\n"
+	p := startSidewire(t, w, spec("vm", 1, "tcp:80")+"---\n"+strings.Replace(spec("vm2", 1, "tcp:81"), mac, "", 1))
+	require.NoError(t, w.Pod.Run("nft", "delete", "table", "netdev", "sidewire-eth0"))
+	for _, nic := range []string{"vm/red", "vm2/red"} {
+		o := sidewire(t, "forward", "--socket-dir", p.dir, "add", nic, "tcp:90")
+		assert.Equal(t, exitInput, o.code)
+		assert.Contains(t, o.err, "forward TCP port 90: publish ports: ", nic)
+	}
+	assert.Equal(t, outcome{out: "vm/red tcp:80\nvm2/red tcp:81\n"}, sidewire(t, "forward", "--socket-dir", p.dir))
+}
+
 func TestForwardWithoutList(t *testing.T) {
 	s := sidewireScene(t)
 	for _, change := range []string{"add", "remove"} {

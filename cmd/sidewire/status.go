@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -163,7 +164,11 @@ func (s *server) AddForward(r forwardRequest) error {
 	if err := n.pod.nat.AddForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port}); err != nil {
 		return fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err)
 	}
-	return n.pod.host.AddPort(n.index, uplink.Port{Proto: proto, Port: r.Port})
+	if err := n.pod.host.AddPort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
+		undone := n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
+		return errors.Join(fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err), undone)
+	}
+	return nil
 }
 
 // RemoveForward implements controller.
