@@ -32,6 +32,17 @@ type Port struct {
 	Port  uint16
 }
 
+// String names the port as users do.
+func (p Port) String() string {
+	switch p.Proto {
+	case frame.ProtoTCP:
+		return fmt.Sprintf("port %d/TCP", p.Port)
+	case frame.ProtoUDP:
+		return fmt.Sprintf("port %d/UDP", p.Port)
+	}
+	return fmt.Sprintf("port %d of protocol %d", p.Port, p.Proto)
+}
+
 // PortRange is the ports from Lo to Hi, both included.
 type PortRange struct{ Lo, Hi uint16 }
 
@@ -179,7 +190,7 @@ func checkGuests(guests []Guest) error {
 		}
 		for port := range portSetOf(g.Ports) {
 			if taken[port] {
-				return fmt.Errorf("two guests have port %d of protocol %d", port.Port, port.Proto)
+				return fmt.Errorf("two guests have %s", port)
 			}
 			taken[port] = true
 		}
@@ -293,7 +304,7 @@ func (p *Pod) RemovePort(i int, port Port) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ports[i] == nil || !p.ports[i][port] {
-		return fmt.Errorf("port %d of protocol %d is not in the list", port.Port, port.Proto)
+		return fmt.Errorf("%s is not published", port)
 	}
 	return p.publish(i, slices.DeleteFunc(p.list(i), func(q Port) bool { return q == port }))
 }
@@ -315,7 +326,7 @@ func (p *Pod) publish(i int, ports []Port) error {
 func checkPorts(ports []Port) error {
 	for _, p := range ports {
 		if p.Proto != frame.ProtoTCP && p.Proto != frame.ProtoUDP || p.Port == 0 {
-			return fmt.Errorf("port %d of protocol %d cannot be published", p.Port, p.Proto)
+			return fmt.Errorf("%s cannot be published", p)
 		}
 	}
 	return nil

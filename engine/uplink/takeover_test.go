@@ -291,7 +291,7 @@ func TestPortsChange(t *testing.T) {
 	require.NoError(t, r.pod.RemovePort(0, tcpPort(80)))
 	pods(80)
 	guests(81)
-	require.Error(t, r.pod.RemovePort(0, tcpPort(80)))
+	require.ErrorContains(t, r.pod.RemovePort(0, tcpPort(80)), "port 80/TCP is not published")
 	require.NoError(t, r.pod.RemovePort(0, tcpPort(81)))
 	pods(81)
 	require.Equal(t, []Port{}, r.pod.Ports(0), "nothing, not everything")
@@ -502,12 +502,13 @@ func TestTakeoverRefuses(t *testing.T) {
 		"other prefix": {func(c *TakeoverConfig) { c.Guests[0].Addr = podIP }, "not two IPv4 addresses"},
 		"IPv6 guest":   {func(c *TakeoverConfig) { c.Guests[0].Addr = netip.IPv6LinkLocalAllNodes() }, "not two IPv4 addresses"},
 		"range":        {func(c *TakeoverConfig) { c.NAT = PortRange{5, 4} }, "is empty"},
-		"port 0":       {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{tcpPort(0)} }, "cannot be published"},
+		"port 0":       {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{tcpPort(0)} }, "port 0/TCP cannot be published"},
+		"protocol":     {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{{132, 80}} }, "port 80 of protocol 132 cannot be published"},
 		"nobody":       {func(c *TakeoverConfig) { c.Guests = nil }, "no guest"},
 		"one network":  {func(c *TakeoverConfig) { c.Guests = append(c.Guests, guests(tcpPort(80))...) }, "overlap"},
 		"one port": {func(c *TakeoverConfig) {
 			c.Guests = append(guests(tcpPort(80), tcpPort(81)), other(tcpPort(79), tcpPort(80)))
-		}, "two guests have port 80"},
+		}, "two guests have port 80/TCP"},
 		"two with everything": {func(c *TakeoverConfig) { c.Guests = append(c.Guests, other()) }, "two guests have everything"},
 	} {
 		t.Run(name, func(t *testing.T) {
