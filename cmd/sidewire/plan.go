@@ -133,7 +133,7 @@ func (o *options) lanUplinks(i vmi.Interface) (links []string) {
 	nad := i.Network.NAD
 	for _, u := range o.uplinks {
 		n, l, _ := strings.Cut(u, "=")
-		if n == i.Name || n == nad.Name || n == nad.Key() || n == i.Network.NetworkName {
+		if n == i.Name || n == nad.Name || n == nad.Key() {
 			links = append(links, l)
 		}
 	}
