@@ -40,6 +40,14 @@ type Forward struct {
 	Port, Guest uint16
 }
 
+// full is the forward with the guest's port.
+func (f Forward) full() Forward {
+	if f.Guest == 0 {
+		f.Guest = f.Port
+	}
+	return f
+}
+
 // String is the forward as [ADDR:]PORT[:GUEST]/PROTO.
 func (f Forward) String() string {
 	proto := "tcp"
@@ -95,15 +103,13 @@ func (n *Net) AddForward(f Forward) error {
 	if err := f.check(); err != nil {
 		return err
 	}
+	f = f.full()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.closed {
 		return errors.New("the user network is closed")
 	}
 	l := &listener{forward: f, gport: f.Guest, fds: slices.Repeat([]int32{-1}, len(n.workers)), pause: make([]uint32, len(n.workers))}
-	if l.gport == 0 {
-		l.gport = f.Port
-	}
 	for other := range n.listeners {
 		switch {
 		case other == f:
@@ -270,6 +276,7 @@ func (n *Net) shut(l *listener) {
 
 // RemoveForward undoes AddForward. Connections that came by it stay.
 func (n *Net) RemoveForward(f Forward) error {
+	f = f.full()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	l := n.listeners[f]
@@ -449,7 +456,7 @@ func (w *worker) acceptLater(l *listener) {
 // one that the guest sees.
 func (w *worker) show(fd int32, l *listener) {
 	n := w.net
-	addr, port := binary.BigEndian.Uint32(w.addr.Addr[:]), hostOrder(w.addr.Port)
+	addr, port := binary.BigEndian.Uint32(w.addr.Addr[:]), netPort(w.addr.Port)
 	if !n.hides(addr) {
 		var local unix.RawSockaddrInet4
 		if sockname(fd, &local) != 0 || local.Addr != w.addr.Addr {
@@ -467,18 +474,11 @@ func (w *worker) show(fd int32, l *listener) {
 		k.rport = own(0x8000 | uint16(mix(w.table.seed+uint64(w.now)+uint64(k.rport))>>32)&0x7eff)
 	}
 	binary.BigEndian.PutUint32(w.addr.Addr[:], n.gateway)
-	w.addr.Port = hostOrder(k.rport)
+	w.addr.Port = netPort(k.rport)
 }
 
 // hides says whether a client's address is not to be shown to the guest, or is
 // one that it cannot answer: a loopback address, or one of its own network.
 func (n *Net) hides(addr uint32) bool {
 	return n.conf.GatewaySource || addr>>24 == 127 || addr&n.mask == n.gateway&n.mask
-}
-
-// hostOrder makes a number of one in network order.
-func hostOrder(v uint16) uint16 {
-	var b [2]byte
-	binary.NativeEndian.PutUint16(b[:], v)
-	return binary.BigEndian.Uint16(b[:])
 }

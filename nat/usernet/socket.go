@@ -15,12 +15,13 @@ type netns struct {
 	on           bool
 }
 
-// open learns where sockets are to be made, and where threads are at home.
+// open learns where sockets are to be made, and where threads are at home: the
+// process's first thread may be elsewhere for good.
 func (s *netns) open(inside int) error {
 	if inside <= 0 {
 		return nil
 	}
-	home, err := unix.Open("/proc/self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("network namespace: %w", err)
 	}

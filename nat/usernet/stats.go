@@ -108,6 +108,13 @@ func (n *Net) MAC() (m frame.MAC) {
 	return m
 }
 
+// LearnMAC tells the Net the guest's hardware address before the guest speaks,
+// so that what comes from outside need not wait.
+func (n *Net) LearnMAC(m frame.MAC) { n.mac.Store(mac48(m[:])) }
+
+// Policy is the one in force.
+func (n *Net) Policy() Policy { return *n.policy.Load() }
+
 // FlowInfo is one flow as it was when it was looked at. It is a plain value.
 type FlowInfo struct {
 	Proto        uint8      `json:"proto"`

@@ -90,19 +90,19 @@ func (w *worker) receive(b *frame.Batch, i int32) pumped {
 		w.udp.rx = rx
 	}
 	if !w.deliver(b) {
-		return pumpAgain
+		return pumpLater
 	}
 	fl := w.table.at(i)
 	if fl.flags&mapErrors != 0 {
 		fl.flags &^= mapErrors
 		if _, more := w.socketErrors(b, i, true); more {
 			fl.flags |= mapErrors
-			return pumpAgain
+			return w.more(b)
 		}
 	}
 	want := min(receiveTurn, receiveMost-rx.next, frame.BatchSize-b.Len())
 	if want <= 0 {
-		return pumpAgain
+		return pumpLater
 	}
 	for range 3 {
 		n, errno := recvmmsg(fl.fd, rx.msgs[rx.next:rx.next+want], 0)
@@ -111,7 +111,7 @@ func (w *worker) receive(b *frame.Batch, i int32) pumped {
 			rx.at, rx.end, rx.flow, rx.gen = rx.next, rx.next+n, i, fl.gen
 			rx.next = rx.end
 			if !w.deliver(b) || n == want {
-				return pumpAgain
+				return w.more(b)
 			}
 			// Errors that came meanwhile, or ended the call, have an event of
 			// their own.
@@ -122,6 +122,16 @@ func (w *worker) receive(b *frame.Batch, i int32) pumped {
 		// An ICMP error that shows up here, once; the queue of errors tells it.
 	}
 	return pumpDone
+}
+
+// more is what a turn came to that has left something: others may have theirs,
+// unless this batch takes no more of anybody.
+func (w *worker) more(b *frame.Batch) pumped {
+	rx := w.udp.rx
+	if rx.at < rx.end || rx.next == receiveMost || b.Len() >= frame.BatchSize {
+		return pumpLater
+	}
+	return pumpAgain
 }
 
 // deliver makes frames of what was received, and reports whether all of it

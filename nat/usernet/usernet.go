@@ -235,10 +235,19 @@ func (n *Net) SetPolicy(p Policy) { n.policy.Store(&p) }
 // Process implements engine.Stage for what the guest sends.
 func (n *Net) Process(b *frame.Batch) {
 	w := n.workers[b.Worker]
+	w.elsewhere = w.process(b, w.elsewhere[:0])
+	if len(w.elsewhere) > 0 {
+		n.processElsewhere(w, b, w.elsewhere)
+	}
+}
+
+// process deals with a batch's frames, and returns those that belong to no flow
+// of this worker, but may to one of another.
+func (w *worker) process(b *frame.Batch, elsewhere []*frame.Frame) []*frame.Frame {
 	w.mu.Lock()
+	defer w.mu.Unlock() // also when memory of the guest's has gone away
 	w.begin(b.Now)
 	w.turn()
-	elsewhere := w.elsewhere[:0]
 	for i, k := 0, b.Len(); i < k; i++ {
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
@@ -249,11 +258,7 @@ func (n *Net) Process(b *frame.Batch) {
 		}
 	}
 	w.finish(b)
-	w.mu.Unlock()
-	if len(elsewhere) > 0 {
-		n.processElsewhere(w, b, elsewhere)
-	}
-	w.elsewhere = elsewhere[:0]
+	return elsewhere
 }
 
 // moveAfter is how many batches in a row bring a flow's frames to another

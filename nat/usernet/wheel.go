@@ -82,14 +82,21 @@ func (w *wheel) stop(i int32) {
 	f.timerSlot, f.timerNext, f.timerPrev = noSlot, none, none
 }
 
-// advance lets time pass and calls fire with each flow whose timer is due; that
-// timer is stopped before.
-func (w *wheel) advance(now uint32, fire func(i int32)) {
-	for int32(now-w.now) > 0 {
+// due lets time pass and returns a flow whose timer has gone off, which stops
+// it, or none. It is called until there is none.
+func (w *wheel) due(now uint32) int32 {
+	for {
+		if i := w.slots[0][w.now%wheelSlots]; i != none && int32(w.t.at(i).timerTick-w.now) <= 0 {
+			w.stop(i)
+			return i
+		}
+		if int32(now-w.now) <= 0 {
+			return none
+		}
 		next, ok := w.next()
 		if !ok || int32(next-now) > 0 {
 			w.now = now
-			return
+			return none
 		}
 		w.now = next
 		// Slots whose time has come are spread over the levels below, from the
@@ -98,11 +105,6 @@ func (w *wheel) advance(now uint32, fire func(i int32)) {
 			if next&(1<<(l*wheelBits)-1) == 0 {
 				w.spread(l, int(next>>(l*wheelBits)%wheelSlots))
 			}
-		}
-		s := next % wheelSlots
-		for i := w.slots[0][s]; i != none; i = w.slots[0][s] {
-			w.stop(i)
-			fire(i)
 		}
 	}
 }

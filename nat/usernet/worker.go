@@ -154,10 +154,8 @@ func (w *worker) seen() uint16 { return uint16(w.tick >> seenShift) }
 
 // begin is called with the lock held before anything else is done in a batch.
 func (w *worker) begin(now int64) {
-	w.now = now
-	if t := uint32(now >> tickShift); t != w.tick {
-		w.tick = t
-	}
+	w.now, w.tick = now, uint32(now>>tickShift)
+	w.out = outgoing{flow: none} // a fault may have ended the batch before
 	w.udp.begin(&w.table)
 }
 
@@ -196,6 +194,7 @@ func (w *worker) ready(i int32) {
 	if f.readyNext != notReady {
 		return
 	}
+	w.blocked = false
 	f.readyNext, f.readyPrev = none, w.readyTail
 	if w.readyTail == none {
 		w.readyHead = i
@@ -275,8 +274,8 @@ func (q *Queue) Pull(b *frame.Batch) int {
 	w.begin(b.Now)
 	w.turn()
 	w.events(b)
-	if w.tick != w.wheel.now {
-		w.wheel.advance(w.tick, func(i int32) { w.expired(b, i) })
+	for i := w.wheel.due(w.tick); i != none; i = w.wheel.due(w.tick) {
+		w.expired(b, i)
 	}
 	w.pump(b)
 	w.finish(b)
@@ -355,10 +354,16 @@ func (w *worker) socketEvent(b *frame.Batch, i int32, events uint32) {
 // pump lets the flows that may have something for the guest bring it, each as
 // much as is fair, while the batch has room.
 func (w *worker) pump(b *frame.Batch) {
-	for i := w.readyHead; i != none && b.Len() < frame.BatchSize; {
+	w.blocked = false
+	waiting := true
+	for i := w.readyHead; i != none; {
+		if b.Len() >= frame.BatchSize {
+			return
+		}
 		f := w.table.at(i)
 		next := f.readyNext
 		var verdict pumped
+		had := b.Len()
 		switch f.proto {
 		case frame.ProtoTCP:
 			verdict = w.tcpPump(b, i)
@@ -369,7 +374,7 @@ func (w *worker) pump(b *frame.Batch) {
 		}
 		switch {
 		case verdict == pumpGone: // the flow is no more, and out of the list
-		case verdict == pumpLater:
+		case verdict == pumpLater, verdict == pumpAgain && b.Len() == had:
 			return
 		case verdict == pumpAgain:
 			// Behind all others, so that each has its turn.
@@ -382,8 +387,10 @@ func (w *worker) pump(b *frame.Batch) {
 		default:
 			w.unready(i)
 		}
+		waiting = waiting && verdict != pumpAgain
 		i = next
 	}
+	w.blocked = waiting
 }
 
 // pumped is what a flow's turn to bring something came to.

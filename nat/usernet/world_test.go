@@ -134,6 +134,9 @@ func (w *world) sendAll(ss ...sent) []arrived {
 		data := bytes.Clone(s.data)
 		f.SetBytes(data, nil, b.Segs(1+len(s.cut)))
 		for _, at := range s.cut {
+			if len(f.Tail) == 0 {
+				break
+			}
 			if last := f.Tail[len(f.Tail)-1]; at > 0 && at < len(last) {
 				f.Tail[len(f.Tail)-1] = last[:at:at]
 				f.Tail = append(f.Tail, last[at:])
