@@ -7,9 +7,9 @@ package usernet
 // Fragments are copied to chunks of 4 KiB by their place in the packet; the
 // last that was missing becomes the whole packet, whose Tail is these chunks
 // until the worker's next batch. In all there is 1 MiB of chunks and room for
-// 64 packets. When either is used up the packet that began first goes: a flood
-// of fragments that never become packets costs only those packets whose own
-// take longest to arrive, not those in order (REQ-14a).
+// 64 packets. When either is used up the packet goes that has waited longest
+// for another fragment: those of a flood that never become packets, rather than
+// one whose fragments still arrive (REQ-14a).
 //
 // A fragment that overlaps another, that contradicts another about the
 // packet's length, or reaches beyond 65535 bytes, ends its packet: what else
@@ -44,6 +44,7 @@ type fragTable struct {
 	unused  []*chunk
 	made    int // how many chunks there are
 	waiting int // how many packets
+	clock   uint64
 }
 
 // partial is a packet of which fragments have come. Its key is 0 if it is
@@ -51,6 +52,7 @@ type fragTable struct {
 type partial struct {
 	key    uint64
 	until  int64
+	heard  uint64 // when a fragment came last, by the table's clock
 	total  int // bytes behind the IP header, -1 while it is not known
 	have   int
 	refuse bool // nothing more of it is taken
@@ -138,7 +140,7 @@ func (t *fragTable) begin(id uint64, now int64) *partial {
 		}
 	}
 	if p == nil {
-		p = t.oldest(nil)
+		p = t.stalest(nil)
 		t.end(p)
 	}
 	t.waiting++
@@ -147,10 +149,10 @@ func (t *fragTable) begin(id uint64, now int64) *partial {
 	return p
 }
 
-// oldest is the packet that began first, but for one.
-func (t *fragTable) oldest(but *partial) (p *partial) {
+// stalest is the packet that has waited longest for a fragment, but for one.
+func (t *fragTable) stalest(but *partial) (p *partial) {
 	for k := range t.packets {
-		if q := &t.packets[k]; q.key != 0 && q != but && (p == nil || q.until < p.until) {
+		if q := &t.packets[k]; q.key != 0 && q != but && (p == nil || q.heard < p.heard) {
 			p = q
 		}
 	}
@@ -188,8 +190,10 @@ func (t *fragTable) keep(p *partial, f *frame.Frame) frame.DropReason {
 	n := int(f.Len) - int(f.L4)
 	to, more := from+n, f.MoreFrags()
 	if p.refuse {
-		return frame.BadIPv4
+		return frame.BadIPv4 // and it is not kept alive
 	}
+	t.clock++
+	p.heard = t.clock
 	r := p.check(from, to, more, int(f.L4)-int(f.L3))
 	if r == frame.FragPending {
 		return frame.FragOverflow // a repetition: there is one already
@@ -254,7 +258,7 @@ func (p *partial) insert(from, to int) {
 }
 
 // makeRoom gives a packet the chunks for some bytes, if need be those of the
-// packet that began first.
+// packet that has waited longest.
 func (t *fragTable) makeRoom(p *partial, from, to int) bool {
 	for k := from / chunkSize; k <= (to-1)/chunkSize; k++ {
 		for p.chunks[k] == nil {
@@ -268,7 +272,7 @@ func (t *fragTable) makeRoom(p *partial, from, to int) bool {
 				p.chunks[k] = new(chunk)
 				continue
 			}
-			old := t.oldest(p)
+			old := t.stalest(p)
 			if old == nil {
 				return false // the batch has all of them
 			}

@@ -209,6 +209,13 @@ type Timeouts struct {
 	Established, Opening, Closing, UDP, Echo time.Duration
 }
 
+// leastUDP and leastEcho are how short these may be (RFC 4787 REQ-5, RFC 5508
+// REQ-2).
+const (
+	leastUDP  = 2 * time.Minute
+	leastEcho = time.Minute
+)
+
 // defaults are those of RFC 5382 REQ-5, RFC 4787 REQ-5 and RFC 5508 REQ-2.
 func (t *Timeouts) defaults() {
 	for _, d := range []struct {
@@ -222,6 +229,7 @@ func (t *Timeouts) defaults() {
 			*d.v = d.d
 		}
 	}
+	t.UDP, t.Echo = max(t.UDP, leastUDP), max(t.Echo, leastEcho)
 }
 
 // socketBudget bounds the descriptors of all workers.

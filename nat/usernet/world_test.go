@@ -276,10 +276,10 @@ type arrived struct {
 	payload []byte
 }
 
-func (a *arrived) src() netip.Addr { return netip.AddrFrom4([4]byte(a.data[26:30])) }
+func (a arrived) src() netip.Addr { return netip.AddrFrom4([4]byte(a.data[26:30])) }
 
 // from is the address and port that a frame shows as its sender.
-func (a *arrived) from() netip.AddrPort {
+func (a arrived) from() netip.AddrPort {
 	return netip.AddrPortFrom(a.src(), binary.BigEndian.Uint16(a.data[34:]))
 }
 
@@ -335,8 +335,10 @@ func decode(t testing.TB, b []byte, off frame.Offload, queue uint16) arrived {
 	return a
 }
 
-// to is an IP header of the guest's.
-func to(dst netip.Addr) enginetest.IP { return enginetest.IP{Src: guestIP, Dst: dst} }
+// to is an IP header of the guest's, with DF as Linux sets it.
+func to(dst netip.Addr) enginetest.IP {
+	return enginetest.IP{Src: guestIP, Dst: dst, Frag: frame.DontFragment}
+}
 
 // udpTo is a datagram of the guest's.
 func udpTo(sport uint16, dst netip.AddrPort, payload string) []byte {
@@ -395,4 +397,12 @@ func says(t testing.TB, c net.PacketConn, to netip.AddrPort, payload string) {
 	t.Helper()
 	_, err := c.WriteTo([]byte(payload), net.UDPAddrFromAddrPort(to))
 	require.NoError(t, err)
+}
+
+// service lets an address and port of the guest's network stand for another of
+// the host's.
+func service(addr, to string) option {
+	return func(c *Config) {
+		c.Services = append(c.Services, Service{frame.ProtoUDP, netip.MustParseAddrPort(addr), netip.MustParseAddrPort(to)})
+	}
 }
