@@ -24,6 +24,7 @@ var mayImport = map[string][]string{
 	"engine/frame":       {},
 	"engine":             {"engine/frame"},
 	"engine/uplink":      {"engine/frame"},
+	"engine/stream":      {"engine/frame"},
 	"engine/vmi":         {},
 	"engine/enginetest":  {"engine/frame", "engine"},
 	"vhostuser/guestmem": {},
@@ -47,6 +48,7 @@ var sentences = map[string]string{
 	"engine":              "Package engine moves batches of frames between ports",
 	"engine/frame":        "Package frame is the unit of work",
 	"engine/uplink":       "Package uplink is the host's side",
+	"engine/stream":       "Package stream is a port for NIC models that are not virtio",
 	"engine/vmi":          "Package vmi reads a KubeVirt VMI",
 	"engine/enginetest":   "Package enginetest ",
 	"vhostuser":           "Package vhostuser speaks the vhost-user protocol",
@@ -59,9 +61,9 @@ var sentences = map[string]string{
 }
 
 // mayUseUnsafe lists where unsafe is allowed: rings, guest memory, and the raw
-// system calls of worker and uplink.
+// system calls of worker, uplink and stream.
 // The driver's side in vhosttest and the guest's ethtool calls are as raw.
-var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine", "engine/uplink", "vhostuser/vhosttest", "cmd/sidewire-guest"}
+var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine", "engine/uplink", "engine/stream", "vhostuser/vhosttest", "cmd/sidewire-guest"}
 
 // testOnly are modules that the program itself must not link.
 var testOnly = []string{"github.com/stretchr/testify", "github.com/gopacket/gopacket", "testing"}
