@@ -486,12 +486,18 @@ func (w *worker) tcpSettle(b *frame.Batch, i int32, una uint32) {
 	if unacked := fl.rcvNxt - fl.rcvAck; fl.flags&ackNow != 0 || unacked >= 2*uint32(fl.mss) {
 		w.emitACK(b, i)
 	} else if unacked > 0 && fl.flags&delayed == 0 {
-		fl.flags |= delayed
-		if len(w.delayed) == 0 {
-			w.ackSince = w.now
-		}
-		w.delayed = append(w.delayed, flowRef{i, fl.gen})
+		w.delay(i)
 	}
+}
+
+// delay lets an acknowledgement wait for data that it can travel with.
+func (w *worker) delay(i int32) {
+	fl := w.table.at(i)
+	fl.flags |= delayed
+	if len(w.delayed) == 0 {
+		w.ackSince = w.now
+	}
+	w.delayed = append(w.delayed, flowRef{i, fl.gen})
 }
 
 // finished ends a connection that both sides have closed.

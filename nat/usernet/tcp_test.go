@@ -566,3 +566,6 @@ func TestTCPAllocatesNothing(t *testing.T) {
 	})
 	assert.Zero(t, n)
 }
+
+// listenAgain changes the length of a listener's queue.
+func listenAgain(fd, n int) error { return syscall.Listen(fd, n) }

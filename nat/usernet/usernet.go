@@ -346,7 +346,7 @@ func (w *worker) moveTo(to *worker, i int32) {
 	*g = *f
 	g.gen, g.next, g.strange = links.gen, links.next, 0
 	if g.flags&delayed != 0 && g.proto == frame.ProtoTCP {
-		g.flags = g.flags&^delayed | ackNow
+		to.delay(j)
 	}
 	if mark, ok := w.marks[i]; ok {
 		if to.marks == nil {
