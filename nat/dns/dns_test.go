@@ -446,11 +446,12 @@ func TestNextResolverMayKnowBetter(t *testing.T) {
 	} {
 		for _, network := range []string{"udp4", "tcp4"} {
 			t.Run(name+"/"+network, func(t *testing.T) {
+				t.Parallel() // some wait for the time-out
 				var ups []*upstream
 				for _, up := range c.ups {
 					ups = append(ups, up(t))
 				}
-				r := newRelay(t, func(c *Config) { c.Timeout = 300 * time.Millisecond }, ups...)
+				r := newRelay(t, func(c *Config) { c.Timeout = time.Second }, ups...)
 				q := query("a.example", dns.TypeA, nil)
 				assert.Equal(t, c.want(q)[0], r.ask(network, q))
 				st := r.Stats()
@@ -686,9 +687,14 @@ func TestTCP(t *testing.T) {
 	r.SetResolvers([]netip.AddrPort{u.addr})
 	c = r.client("tcp4")
 	for end := time.Now().Add(3 * idle); time.Now().Before(end); {
+		asked := time.Now()
 		_, err = c.Write(prefixed(qs[0]))
 		require.NoError(t, err)
-		_, err = readTCP(c)
+		if _, err = readTCP(c); err != nil && time.Since(asked) >= idle {
+			// The machine stood still for so long, so the relay is right.
+			c, end = r.client("tcp4"), time.Now().Add(3*idle)
+			continue
+		}
 		require.NoError(t, err)
 		<-u.seen
 	}
