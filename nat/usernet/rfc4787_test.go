@@ -35,7 +35,9 @@ type pod struct {
 func newPod(t testing.TB, o enginetest.WorldOptions, opts ...option) *pod {
 	t.Helper()
 	e := enginetest.NewWorld(t, o)
-	enginetest.Must(t, e.Outside.Sysctl("net/ipv4/ip_forward", "1"), e.Pod.Sysctl("net/ipv4/ping_group_range", "0 2147483647"))
+	enginetest.Must(t, e.Outside.Sysctl("net/ipv4/ip_forward", "1"),
+		e.Outside.Sysctl("net/ipv4/icmp_ratelimit", "0"), e.Pod.Sysctl("net/ipv4/icmp_ratelimit", "0"),
+		e.Pod.Sysctl("net/ipv4/ping_group_range", "0 2147483647"))
 	return &pod{newWorld(t, append([]option{inPod(t, e.Pod)}, opts...)...), e}
 }
 
