@@ -24,6 +24,7 @@ type loopback struct {
 	refuse   uint32       // this request is answered with 1
 	deaf     bool         // never raise an interrupt
 	rewrite  func([]byte) // changes a frame on its way, behind its header
+	careless bool         // spoil checksums, and say that they were found right
 
 	mu      sync.Mutex // guards what follows and the rings' memory
 	conn    *net.UnixConn
@@ -268,6 +269,13 @@ func (b *loopback) deliver(rx *backRing, data []byte) {
 	}
 	if b.rewrite != nil {
 		b.rewrite(data[hdr:])
+	}
+	if b.careless {
+		clear(data[:frame.VnetHdrLen])
+		data[0] = frame.DataValid
+		if udp := hdr + etherLen + 20; len(data) >= udp+8 {
+			data[udp+6] ^= 0xff
+		}
 	}
 	var chains []virtq.Chain
 	for room := 0; room < len(data); {

@@ -307,6 +307,7 @@ func (p *tapQueue) gather(i uint16, n int) error {
 		if p.want == 0 || p.want > maxMerge {
 			return fmt.Errorf("%w: num_buffers is %d", ErrBackend, p.want)
 		}
+		believeValid(m, p.g.HdrLen)
 	}
 	p.held = append(p.held, i)
 	p.iov = append(p.iov, iovec(m))
