@@ -33,6 +33,13 @@ func (p toPort) Process(b *frame.Batch) {
 // wire is an engine with two guests' devices that are joined like by a cable.
 func wire(t testing.TB, pairs, workers int) (paths [2]string, devices [2]*vhostuser.Device) {
 	t.Helper()
+	_, paths, devices = wireEngine(t, pairs, workers)
+	return paths, devices
+}
+
+// wireEngine is wire that also tells by which engine.
+func wireEngine(t testing.TB, pairs, workers int) (e *engine.Engine, paths [2]string, devices [2]*vhostuser.Device) {
+	t.Helper()
 	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
 	e, err := engine.New(engine.Config{Workers: workers, Log: quiet})
 	require.NoError(t, err)
@@ -60,7 +67,7 @@ func wire(t testing.TB, pairs, workers int) (paths [2]string, devices [2]*vhostu
 	}
 	e.SetStages(ids[0], toPort(ids[1]))
 	e.SetStages(ids[1], toPort(ids[0]))
-	return paths, devices
+	return e, paths, devices
 }
 
 // Two guests of the real backend, in every layout.
