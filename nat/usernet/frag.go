@@ -53,7 +53,7 @@ type partial struct {
 	key    uint64
 	until  int64
 	heard  uint64 // when a fragment came last, by the table's clock
-	total  int // bytes behind the IP header, -1 while it is not known
+	total  int    // bytes behind the IP header, -1 while it is not known
 	have   int
 	refuse bool // nothing more of it is taken
 	queue  uint16

@@ -336,6 +336,11 @@ func (l *listener) close() {
 // giveMapping makes fd the socket of the guest's UDP port. If the guest has a
 // mapping for that port already, it goes on with the new socket.
 func (n *Net) giveMapping(l *listener, fd int32) error {
+	if err := udpOptions(fd); err != nil {
+		_ = unix.Close(int(fd))
+		n.sockets.give()
+		return err
+	}
 	n.lockAll()
 	defer n.unlockAll()
 	k := key{gport: l.gport, proto: frame.ProtoUDP}
@@ -349,6 +354,7 @@ func (n *Net) giveMapping(l *listener, fd int32) error {
 		}
 		w.stats.opened(frame.ProtoUDP)
 	} else {
+		w.udpLetGo(i)
 		_ = unix.Close(int(w.table.at(i).fd))
 		n.sockets.give()
 	}

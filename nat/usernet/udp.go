@@ -318,6 +318,14 @@ func (w *worker) udpLetGo(i int32) {
 	w.unready(i)
 }
 
+// udpMayMove says whether a mapping may go to another worker: not if this one
+// knows more of it than is in the flow, or has datagrams for it in hand.
+func (w *worker) udpMayMove(i int32) bool {
+	rx := w.udp.rx
+	return w.table.at(i).flags&(forwarded|mapPeers) == 0 && w.net.conf.Filter == FilterNone &&
+		(rx == nil || rx.at == rx.end || rx.flow != i)
+}
+
 // udpEvent is told what became possible with a mapping's socket.
 func (w *worker) udpEvent(i int32, events uint32) {
 	if events&unix.EPOLLERR != 0 {

@@ -468,7 +468,7 @@ func (w *worker) strange(i int32) {
 		f.strange = 0
 		return
 	}
-	if f.strange++; f.strange == moveAfter {
+	if f.strange++; f.strange == moveAfter && (f.proto != frame.ProtoUDP || w.udpMayMove(i)) {
 		w.moving = append(w.moving, flowRef{i, f.gen})
 	}
 }
