@@ -17,15 +17,23 @@ import (
 // written, or another took its place, at the path itself, behind a symbolic
 // link, or with a directory on the way. As long as nothing happens, nothing
 // wakes up. One goroutine may call Next; Close may be called beside it.
+//
+// Each name of a link, of the file, and of what is missing is watched in its
+// directory. A directory that is there is watched for its own end alone: on its
+// way up may be /run or /tmp, where there is always something new. It cannot be
+// removed before the file is; from then on, until there is a file again, all
+// names are watched, for a directory that somebody has open ends later.
 type fileWatch struct {
 	path  string
 	f     *os.File            // inotify
 	names map[uint32][]string // by watch: what matters in the directory; nil is the file
+	masks map[string]uint32   // by path: what its directory is watched for
 }
 
 const (
 	maskFile = unix.IN_CLOSE_WRITE // once it is whole
-	maskDir  = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_DELETE | unix.IN_MOVED_FROM | unix.IN_ONLYDIR
+	maskEnd  = unix.IN_DELETE_SELF | unix.IN_MOVE_SELF
+	maskName = unix.IN_CREATE | unix.IN_MOVED_TO | unix.IN_DELETE | unix.IN_MOVED_FROM | maskEnd
 	maxLinks = 40 // on the way, as the kernel has it
 )
 
@@ -78,7 +86,7 @@ func (w *fileWatch) matters(b []byte) bool {
 		// IN_IGNORED is the last word of a watch: its directory is gone, or what
 		// it lay on is not mounted any more.
 		if mask&unix.IN_Q_OVERFLOW != 0 ||
-			known && (names == nil || mask&unix.IN_IGNORED != 0 || slices.Contains(names, string(name))) {
+			known && (names == nil || mask&(maskEnd|unix.IN_IGNORED) != 0 || slices.Contains(names, string(name))) {
 			return true
 		}
 	}
@@ -88,43 +96,55 @@ func (w *fileWatch) matters(b []byte) bool {
 // arm watches everything that the path depends on now, and nothing else. A
 // directory is watched before it is looked into.
 func (w *fileWatch) arm() error {
-	old := w.names
-	w.names = map[uint32][]string{}
-	if err := w.walk(); err != nil {
-		return fmt.Errorf("watch %s: %w", w.path, err)
-	}
-	for wd := range old {
-		if _, still := w.names[wd]; !still {
-			_, _ = unix.InotifyRmWatch(int(w.f.Fd()), wd) // may have gone with its file
+	for _, every := range []bool{false, true} {
+		old := w.names
+		w.names, w.masks = map[uint32][]string{}, map[string]uint32{}
+		there, err := w.walk(every)
+		if err != nil {
+			return fmt.Errorf("watch %s: %w", w.path, err)
+		}
+		for wd := range old {
+			if _, still := w.names[wd]; !still {
+				_, _ = unix.InotifyRmWatch(int(w.f.Fd()), wd) // may have gone with its file
+			}
+		}
+		if there {
+			break
 		}
 	}
 	return nil
 }
 
-// walk follows the path as the kernel does, and watches each name on it in its
-// directory. A directory that may be passed but not read is left out as long as
-// the next one is there: of that one, removal is noticed then, a new name not.
-func (w *fileWatch) walk() error {
+// walk follows the path as the kernel does, watches what is on the way, every
+// name or only those that must be, and says whether it leads to a file. A
+// directory that may not be read is left out as long as the next one is there.
+func (w *fileWatch) walk(every bool) (there bool, err error) {
 	at, rest, links := "/", split(w.path), 0
 	for len(rest) > 0 {
 		name := rest[0]
 		next := filepath.Join(at, name)
-		watchErr := w.add(at, maskDir, name)
-		fi, err := os.Lstat(next)
 		rest = rest[1:]
+		fi, err := os.Lstat(next)
 		onTheWay := err == nil && fi.IsDir() && len(rest) > 0
-		if watchErr != nil && !(onTheWay && errors.Is(watchErr, unix.EACCES)) {
-			return watchErr
+		mask := uint32(maskName)
+		if onTheWay && !every {
+			mask, name = maskEnd, ""
+		}
+		if ok, err := w.add(at, mask, name); err != nil && !(onTheWay && errors.Is(err, unix.EACCES)) || err == nil && !ok {
+			return false, err
+		}
+		if mask == maskName {
+			fi, err = os.Lstat(next)
 		}
 		switch {
 		case err != nil:
-			return nil // it may come
+			return false, nil // it may come
 		case fi.Mode()&os.ModeSymlink == 0:
 			at = next
 		default:
 			to, err := os.Readlink(next)
 			if links++; err != nil || links > maxLinks {
-				return nil
+				return false, nil
 			}
 			if filepath.IsAbs(to) {
 				at = "/"
@@ -141,20 +161,30 @@ func split(path string) []string {
 	return strings.FieldsFunc(path, func(r rune) bool { return r == filepath.Separator })
 }
 
-// add watches a file, or a name in a directory. One that is gone by now is
-// watched by its directory's.
-func (w *fileWatch) add(path string, mask uint32, name string) error {
-	wd, err := unix.InotifyAddWatch(int(w.f.Fd()), path, mask)
+// add watches a file, a directory for its end, or a name in a directory. It
+// says whether there is still such a thing.
+func (w *fileWatch) add(path string, mask uint32, name string) (ok bool, err error) {
+	flags := uint32(0)
+	if mask != maskFile { // a directory may be passed twice, and has one watch
+		mask |= w.masks[path]
+		w.masks[path] = mask
+		flags = unix.IN_ONLYDIR | unix.IN_DONT_FOLLOW
+	}
+	n, err := unix.InotifyAddWatch(int(w.f.Fd()), path, mask|flags)
 	if err == unix.ENOENT || err == unix.ENOTDIR {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return fmt.Errorf("inotify %s: %w", path, err)
+		return false, fmt.Errorf("inotify %s: %w", path, err)
 	}
-	if name == "" {
-		w.names[uint32(wd)] = nil
-	} else {
-		w.names[uint32(wd)] = append(w.names[uint32(wd)], name)
+	wd := uint32(n)
+	switch {
+	case mask == maskFile:
+		w.names[wd] = nil
+	case name != "":
+		w.names[wd] = append(w.names[wd], name)
+	case w.names[wd] == nil:
+		w.names[wd] = []string{}
 	}
-	return nil
+	return true, nil
 }
