@@ -47,12 +47,24 @@ func describe() machine {
 		"testpmd": {"dpdk-testpmd", "-v", "-h"}, "ovs": {"ovs-vswitchd", "--version"}, "iperf3": {"iperf3", "--version"},
 	} {
 		if p, err := enginetest.Program(argv[0]); err == nil {
-			if v := version(firstLine(p, argv[1:]...)); v != "" {
-				m.Versions[name] = v
-			}
+			m.addVersion(name, p, argv[1:]...)
 		}
 	}
+	for name, find := range map[string]func() (string, error){"gvproxy": findGvproxy, "QEMU": findSlirpQEMU} {
+		if p, err := find(); err == nil {
+			m.addVersion(name, p, "--version")
+		}
+	}
+	if v := passtVersion(); v != "" {
+		m.Versions["passt"] = v
+	}
 	return m
+}
+
+func (m machine) addVersion(name, program string, args ...string) {
+	if v := version(firstLine(program, args...)); v != "" {
+		m.Versions[name] = v
+	}
 }
 
 func (m machine) String() string {
@@ -61,7 +73,7 @@ func (m machine) String() string {
 	if !m.HugePages {
 		s += ", no huge pages for testpmd"
 	}
-	for _, name := range []string{"testpmd", "ovs", "iperf3"} {
+	for _, name := range []string{"testpmd", "ovs", "iperf3", "passt", "gvproxy", "QEMU"} {
 		if v := m.Versions[name]; v != "" {
 			s += ", " + name + " " + v
 		}

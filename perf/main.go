@@ -1,6 +1,7 @@
 // Command perf measures whole paths beside their peers: packets from guest to
 // guest beside DPDK and Open vSwitch, streams and requests of a guest of native
-// speed through sidewire's masquerade beside the kernel's own way.
+// speed through sidewire's masquerade beside the kernel's own way, and through
+// its user networking beside passt, gvproxy and libslirp.
 //
 // A [trial] is one path through several subjects, measured in rounds; a
 // [subject] is sidewire or a peer. What measures is never ours: the guests of
@@ -68,6 +69,7 @@ var inside = map[string]func(args []string) error{
 	"inner": runInner,
 	"echo":  runEcho,
 	"ask":   runAsk,
+	"hold":  runHold,
 	"bench": runBench,
 }
 
@@ -147,7 +149,9 @@ func (p *programs) trials(o options) []*trial {
 	if !quick {
 		out = append(out, p.growthTrials(d)...)
 	}
-	return append(out, p.streamTrials(quick, max(1, int(o.seconds)))...)
+	seconds := max(1, int(o.seconds))
+	out = append(out, p.streamTrials(quick, seconds)...)
+	return append(out, p.userTrials(quick, seconds)...)
 }
 
 func (o *options) defaults() {

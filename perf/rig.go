@@ -99,7 +99,7 @@ func (r *rig) configure(mtu int) error {
 // openSidewire puts the guest behind a sidewire of its own.
 func openSidewire(binary, flags string, mtu int) (r *rig, err error) {
 	if r, err = newRig(mtu); err != nil {
-		return nil, err
+		return r, err
 	}
 	defer func() {
 		if err != nil {
@@ -108,22 +108,22 @@ func openSidewire(binary, flags string, mtu int) (r *rig, err error) {
 	}()
 	dir, err := os.MkdirTemp("", "sw")
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	r.onClose(func() error { return os.RemoveAll(dir) })
 	vmi := filepath.Join(dir, "vmi.yaml")
 	if err := os.WriteFile(vmi, []byte(vmiYAML), 0o644); err != nil {
-		return nil, err
+		return r, err
 	}
 	cmd := exec.Command(binary, "run", "-f", vmi, "--netns", r.world.Pod.Path, "--socket-dir", dir, "--resolv-conf", r.world.ResolvConf)
 	cmd.Args = append(cmd.Args, strings.Fields(flags)...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, err
+		return r, err
 	}
 	r.onClose(func() error {
 		_ = cmd.Process.Signal(syscall.SIGTERM)
@@ -131,13 +131,13 @@ func openSidewire(binary, flags string, mtu int) (r *rig, err error) {
 	})
 	r.backend = cmd.Process.Pid
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
-		return nil, fmt.Errorf("sidewire is not ready: %q %v", line, err)
+		return r, fmt.Errorf("sidewire is not ready: %q %v", line, err)
 	}
 	tap, err := vhosttest.StartTapGuest(vhosttest.TapOptions{
 		Options: vhosttest.Options{Path: filepath.Join(dir, "vm", "red.sock"), MAC: guestMAC}, NetNS: r.guest.Path,
 	})
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	r.onClose(tap.Close)
 	return r, r.configure(mtu)
@@ -147,7 +147,7 @@ func openSidewire(binary, flags string, mtu int) (r *rig, err error) {
 // copied from its tap into one in the pod.
 func openKernel(mtu int) (r *rig, err error) {
 	if r, err = newRig(mtu); err != nil {
-		return nil, err
+		return r, err
 	}
 	defer func() {
 		if err != nil {
@@ -158,11 +158,11 @@ func openKernel(mtu int) (r *rig, err error) {
 		vhosttest.Tap{NetNS: r.guest.Path, MTU: mtu, MAC: guestMAC},
 		vhosttest.Tap{NetNS: r.world.Pod.Path, Name: enginetest.KernelTap, MTU: mtu}, 1)
 	if err != nil {
-		return nil, err
+		return r, err
 	}
 	r.onClose(pair.Close)
 	if err := r.world.KernelMasquerade(); err != nil {
-		return nil, err
+		return r, err
 	}
 	return r, r.configure(mtu)
 }
@@ -171,7 +171,7 @@ func openKernel(mtu int) (r *rig, err error) {
 // them: no other path can be faster.
 func openVeth(mtu int) (r *rig, err error) {
 	if r, err = newRig(mtu); err != nil {
-		return nil, err
+		return r, err
 	}
 	defer func() {
 		if err != nil {
@@ -179,7 +179,7 @@ func openVeth(mtu int) (r *rig, err error) {
 		}
 	}()
 	if err := enginetest.CreateVeth(r.guest, "eth0", r.world.Outside, "veth1"); err != nil {
-		return nil, err
+		return r, err
 	}
 	return r, errors.Join(r.world.Outside.SetMTU("veth1", mtu), r.world.Outside.Up("veth1"), r.world.Outside.Addr("veth1", "10.0.2.1/24"), r.configure(mtu))
 }
