@@ -24,6 +24,11 @@ func footprint(t *testing.T, ns *enginetest.NetNS) map[string]string {
 	t.Helper()
 	dir := t.TempDir()
 	out := map[string]string{}
+	settled := func() bool {
+		text, err := runIn(ns, dir, "ip", "-o", "addr")
+		return err == nil && !strings.Contains(text, "tentative")
+	}
+	enginetest.Eventually(t, 10*time.Second, settled) // the kernel still asks whose an address is
 	for _, cmd := range []string{"nft list ruleset", "ip -d -o link", "ip -o addr", "ip route show table all", "ip rule", "ip neigh show nud permanent"} {
 		words := strings.Fields(cmd)
 		text, err := runIn(ns, dir, words[0], words[1:]...)
