@@ -102,7 +102,7 @@ func (w *worker) echoReply(b *frame.Batch, f *frame.Frame) {
 	copy(h[l4:], f.Head[f.L4:f.HeadLen])
 	sum := uint64(^binary.BigEndian.Uint16(h[l4+2:])) + uint64(^uint16(icmpEcho<<8))
 	h[l4] = icmpEchoReply
-	binary.BigEndian.PutUint16(h[l4+2:], ^frame.Fold(sum))
+	binary.BigEndian.PutUint16(h[l4+2:], changedSum(sum))
 	f.Out = frame.Consumed
 	if !w.deliverWhole(b, r, false) {
 		f.Drop(frame.BatchFull)

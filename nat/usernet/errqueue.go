@@ -214,7 +214,17 @@ func restoreID(h, from []byte, id uint16) {
 	copy(h[:icmpLen], from)
 	sum := uint64(^binary.BigEndian.Uint16(h[2:])) + uint64(^binary.BigEndian.Uint16(h[4:])) + uint64(id)
 	binary.BigEndian.PutUint16(h[4:], id)
-	binary.BigEndian.PutUint16(h[2:], ^frame.Fold(sum))
+	binary.BigEndian.PutUint16(h[2:], changedSum(sum))
+}
+
+// changedSum is the checksum that follows from a sum which an old checksum went
+// into. Of the two zeros it is the one that is also right for a message of
+// nothing but zeros (RFC 1624, 3).
+func changedSum(sum uint64) uint16 {
+	if s := ^frame.Fold(sum); s != 0 {
+		return s
+	}
+	return 0xffff
 }
 
 // fillFrame lets a frame whose headers take n bytes of its Head end with a copy

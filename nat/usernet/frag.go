@@ -98,6 +98,7 @@ func (w *worker) reassemble(b *frame.Batch, f *frame.Frame) *frame.Frame {
 		p = t.begin(fragID(f), w.now)
 		p.queue, p.in = f.Queue, f.In
 	}
+	w.fragAlarm()
 	if r := t.keep(p, f); r != frame.ReasonNone {
 		w.stats.FragmentsDropped++
 		f.Drop(r)
@@ -105,7 +106,6 @@ func (w *worker) reassemble(b *frame.Batch, f *frame.Frame) *frame.Frame {
 	}
 	if p.have != p.total || p.headLen == 0 {
 		f.Out = frame.Consumed
-		w.fragAlarm()
 		return nil
 	}
 	return w.whole(b, f, p)
