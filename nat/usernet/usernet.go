@@ -153,6 +153,10 @@ type Net struct {
 	// noPeekOff says that the kernel knows no SO_PEEK_OFF for TCP.
 	noPeekOff atomic.Bool
 
+	// opening is held while a worker that has no mapping for a datagram looks
+	// for one elsewhere and opens one. It comes before the workers' locks.
+	opening sync.Mutex
+
 	mu        sync.Mutex // guards what follows
 	listeners map[Forward]*listener
 	closed    bool
@@ -268,6 +272,12 @@ const moveAfter = 8
 // processElsewhere takes frames that belong to no flow of their worker to
 // whichever has it. If nobody has, the flow is the worker's own to open.
 func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
+	if anyDatagram(fs) {
+		// Or two workers would each make a mapping for the same port, of which
+		// only one could have the right external port (RFC 4787 REQ-1).
+		n.opening.Lock()
+		defer n.opening.Unlock()
+	}
 	for _, o := range n.workers {
 		if o == w {
 			continue
@@ -290,6 +300,16 @@ func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
 		}
 	}
 	w.finish(b)
+}
+
+// anyDatagram says whether one of the frames may open a mapping.
+func anyDatagram(fs []*frame.Frame) bool {
+	for _, f := range fs {
+		if f.Proto != frame.ProtoTCP {
+			return true
+		}
+	}
+	return false
 }
 
 // foreign deals with frames that another worker was given, and returns those
