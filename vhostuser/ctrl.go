@@ -298,6 +298,7 @@ func (c *ctrl) execute(class, cmd byte, data []byte) bool {
 				r.publish()
 			}
 		}
+		d.publishRx()
 		return true
 	}
 	return false

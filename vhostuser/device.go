@@ -117,6 +117,7 @@ type Device struct {
 	pairs   []*Pair
 
 	rxSet    atomic.Pointer[rxSet]
+	takes    atomic.Uint64 // guestFeatures, 0 while no rx ring runs
 	mem      atomic.Pointer[guestmem.Memory]
 	dirtyNow atomic.Pointer[guestmem.Log] // the same as dirty, for Fault
 
@@ -181,7 +182,7 @@ func NewDevice(c Config) (*Device, error) {
 	}
 	d.rxSet.Store(new(rxSet))
 	for i := range c.QueuePairs {
-		p := &Pair{dev: d, index: uint16(i), snap: c.Snapshot, watched: -1}
+		p := &Pair{dev: d, index: uint16(i), snap: c.Snapshot, watched: [2]int{-1, -1}}
 		p.rx.pair = p
 		d.pairs = append(d.pairs, p)
 	}

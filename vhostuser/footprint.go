@@ -12,6 +12,7 @@ var (
 	ringSize    = int(reflect.TypeFor[ring]().Size())
 	segSize     = int(reflect.TypeFor[[]byte]().Size())
 	segmentSize = int(reflect.TypeFor[frame.Segmenter]().Size())
+	reserveSize = int(reflect.TypeFor[Reserver]().Size())
 )
 
 // footprint is the memory that a pair takes of ours, in bytes, without what a
@@ -29,6 +30,9 @@ func (p *Pair) footprint() int {
 	n += cap(x.segs) * segSize
 	if x.seg != nil {
 		n += segmentSize
+	}
+	if x.reserved.Load() != nil {
+		n += reserveSize
 	}
 	return n
 }

@@ -68,6 +68,8 @@ type guestRing struct {
 	avail      uint16
 	used       uint16
 	free       uint16
+	out        [testRing]bool   // heads that the device has
+	addrs      [testRing]uint64 // of their first buffers
 	lens       [testRing]uint16 // of the chains of a packed ring
 	usedAt     uint16           // where its next used element comes
 	lap, uslap uint16           // wrap counters at free and usedAt
@@ -317,13 +319,22 @@ func (r *guestRing) word(off uint32) *uint32 {
 	return (*uint32)(unsafe.Pointer(&r.at(off)[0]))
 }
 
-// post makes a chain available and returns its head.
+// post makes a chain available and returns its head. The device may give
+// chains of one buffer back in any order, longer ones in theirs.
 func (r *guestRing) post(bufs ...guestBuf) uint16 {
 	head := r.free
+	for range testRing {
+		if !r.out[head] {
+			break
+		}
+		head = (head + 1) % testRing
+	}
+	r.out[head], r.addrs[head] = true, testGPA+uint64(bufs[0].at)
 	if r.f.packed {
-		r.postPacked(bufs)
+		r.postPacked(head, bufs)
 		return head
 	}
+	r.free = head
 	for i, b := range bufs {
 		d := r.at(uint32(r.free) * 16)
 		native.PutUint64(d, testGPA+uint64(b.at))
@@ -346,9 +357,9 @@ func (r *guestRing) post(bufs ...guestBuf) uint16 {
 }
 
 // postPacked is post on a packed ring. The buffer id is the place of the first
-// descriptor.
-func (r *guestRing) postPacked(bufs []guestBuf) {
-	head := r.free
+// descriptor, if it is free.
+func (r *guestRing) postPacked(head uint16, bufs []guestBuf) {
+	at := r.free
 	r.lens[head] = uint16(len(bufs))
 	r.avail++
 	var first uint32
@@ -374,13 +385,14 @@ func (r *guestRing) postPacked(bufs []guestBuf) {
 			r.free, r.lap = 0, r.lap^1
 		}
 	}
-	atomic.StoreUint32(r.word(uint32(head)*16+12), first)
+	atomic.StoreUint32(r.word(uint32(at)*16+12), first)
 }
 
 // reset makes the ring what a driver that starts finds.
 func (r *guestRing) reset() {
 	clear(r.at(0)[:ringSpace])
 	r.avail, r.used, r.free, r.usedAt, r.lap, r.uslap = 0, 0, 0, 0, 1, 1
+	r.out = [testRing]bool{}
 }
 
 // again lends the device the next n descriptors of a packed ring once more, as
@@ -419,6 +431,7 @@ func (r *guestRing) takePacked() (head uint16, n uint32, ok bool) {
 		n = native.Uint32(r.at(off)[8:])
 	}
 	r.used++
+	r.out[head%testRing] = false
 	if r.usedAt += r.lens[head%testRing]; r.usedAt >= testRing {
 		r.usedAt, r.uslap = r.usedAt-testRing, r.uslap^1
 	}
@@ -457,7 +470,9 @@ func (r *guestRing) take() (head uint16, n uint32, ok bool) {
 	}
 	e := r.at(usedAt + 4 + 8*uint32(r.used%testRing))
 	r.used++
-	return uint16(native.Uint32(e)), native.Uint32(e[4:]), true
+	head = uint16(native.Uint32(e))
+	r.out[head%testRing] = false
+	return head, native.Uint32(e[4:]), true
 }
 
 // takeAll takes the used elements that there are.
@@ -468,8 +483,7 @@ func (r *guestRing) takeAll() {
 
 // bytes returns what lies in the buffer of a head's first descriptor.
 func (r *guestRing) bytes(head uint16, n uint32) []byte {
-	d := r.at(uint32(head) * 16)
-	at := native.Uint64(d) - testGPA
+	at := r.addrs[head] - testGPA
 	return append([]byte(nil), r.f.mem[at:at+uint64(n)]...)
 }
 

@@ -41,7 +41,7 @@ type Pair struct {
 
 	mu      sync.Mutex // guards watcher and watched
 	watcher Watcher
-	watched int // the kick descriptor, -1 for none
+	watched [2]int // the kick descriptors of rx, if that has a Reserver, and tx; -1 for none
 
 	count counters
 }
@@ -289,6 +289,7 @@ func (p *Pair) Release(*frame.Batch) {
 
 // Arm asks the guest for kicks and reports whether frames wait already.
 func (p *Pair) Arm() (more bool) {
+	p.rx.rest()
 	st := p.tx.Load()
 	return st != nil && (st.poll || st.q.EnableNotify())
 }
@@ -305,38 +306,45 @@ func (p *Pair) Disarm() {
 func (p *Pair) SetWatcher(w Watcher) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.watcher != nil && p.watched >= 0 {
-		p.watcher.Unwatch(p.watched)
+	for _, fd := range p.watched {
+		if p.watcher != nil && fd >= 0 {
+			p.watcher.Unwatch(fd)
+		}
 	}
 	p.watcher = w
 	if w == nil {
 		return
 	}
-	if p.watched >= 0 {
-		if err := w.Watch(p.watched); err != nil {
+	for _, fd := range p.watched {
+		if fd < 0 {
+			continue
+		}
+		if err := w.Watch(fd); err != nil {
 			p.dev.log.Error("kick descriptor cannot be watched", "pair", p.index, "err", err)
 		}
 	}
 	w.Wake()
 }
 
-// watch lets the worker be woken by the kick descriptor fd, which must be
-// unwatched before it is closed. It replaces the one before.
-func (p *Pair) watch(fd int) error {
+// watch lets the worker be woken by the kick descriptor fd of the pair's rx (0)
+// or tx (1) ring, which must be unwatched before it is closed. It replaces the
+// one before.
+func (p *Pair) watch(ring, fd int) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	old := &p.watched[ring]
 	if p.watcher != nil {
-		if p.watched >= 0 {
-			p.watcher.Unwatch(p.watched)
+		if *old >= 0 {
+			p.watcher.Unwatch(*old)
 		}
 		if fd >= 0 {
 			if err := p.watcher.Watch(fd); err != nil {
-				p.watched = -1
+				*old = -1
 				return err
 			}
 		}
 	}
-	p.watched = fd
+	*old = fd
 	return nil
 }
 

@@ -56,16 +56,17 @@ func (d *Device) pause(rings ...*ring) {
 	for _, r := range rings {
 		barrier = r.unpublish() || barrier
 	}
-	d.publishRx()
 	if barrier {
 		d.cfg.Barrier()
 	}
 	for _, r := range rings {
 		if r.q != nil {
+			r.handBack()
 			r.base = r.q.Base()
 			r.q = nil
 		}
 	}
+	d.publishRx()
 }
 
 // unpublish hides the ring from workers that come, and reports whether one may
@@ -163,6 +164,9 @@ func (r *ring) publish() {
 	}
 	switch {
 	case d.isCtrl(r):
+		if r.pair != nil {
+			_ = r.pair.watch(r.index&1, -1) // removing never fails
+		}
 		d.ctrl.watch(r)
 	case r.pair == nil:
 	case r.q == nil || r.broken.Load():
@@ -180,9 +184,7 @@ func (r *ring) publish() {
 		if r.broken.Load() { // a fault came in between
 			r.pair.tx.Store(nil)
 		}
-		if err := r.pair.watch(r.kick); err != nil {
-			d.complain("kick descriptor cannot be watched", "ring", r.index, "err", err)
-		}
+		d.watchKick(r)
 		r.pair.wake()
 	default:
 		q := r.q
@@ -190,6 +192,16 @@ func (r *ring) publish() {
 			q = nil
 		}
 		r.pair.rx.set(q, r, d.guestFeatures())
+		if r.pair.rx.reserved.Load() != nil {
+			d.watchKick(r)
+		}
+	}
+}
+
+// watchKick lets the pair's worker be woken by kicks for the ring.
+func (d *Device) watchKick(r *ring) {
+	if err := r.pair.watch(r.index&1, r.kick); err != nil {
+		d.complain("kick descriptor cannot be watched", "ring", r.index, "err", err)
 	}
 }
 
@@ -197,20 +209,21 @@ func (r *ring) publish() {
 func (x *rxRing) set(q *virtq.Queue, r *ring, feats uint64) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.n, x.used, x.running, x.filled, x.dirty = 0, 0, 0, 0, false
+	x.n, x.nSpares, x.used, x.running, x.runSpares, x.filled, x.dirty = 0, 0, 0, 0, 0, 0, false
 	// Guest memory is left to the workers, which survive a fault in it.
 	x.fresh = q != nil && q != x.q
 	x.q, x.ring, x.feats = q, r, feats
 	if q == nil {
 		return
 	}
-	x.hdr, x.onEmpty = r.dev.headerLen(), r.dev.features&featNotifyOnEmpty != 0
+	x.hdr, x.onEmpty, x.poll = r.dev.headerLen(), r.dev.features&featNotifyOnEmpty != 0, r.kick < 0
 	if x.segs == nil {
 		x.segs = make([][]byte, rxSegs)
 	}
 }
 
-// publishRx tells workers which rx rings to spread over.
+// publishRx tells workers which rx rings to spread over, and what the guest
+// takes. Who waits for room looks again.
 func (d *Device) publishRx() {
 	limit := len(d.pairs)
 	if d.features&featCtrlVQ != 0 && d.features&featMQ != 0 {
@@ -224,6 +237,16 @@ func (d *Device) publishRx() {
 		}
 	}
 	d.rxSet.Store(&set)
+	feats := uint64(0)
+	if len(set) > 0 {
+		feats = d.guestFeatures()
+	}
+	d.takes.Store(feats)
+	for _, p := range d.pairs {
+		if p.rx.reserved.Load() != nil {
+			p.wake()
+		}
+	}
 }
 
 // fail notes that a started ring cannot run, and tells the frontend once.
@@ -265,8 +288,8 @@ func (r *ring) closeKick() {
 	if r.kick < 0 {
 		return
 	}
-	if r.pair != nil && r.isTx() {
-		_ = r.pair.watch(-1) // removing never fails
+	if r.pair != nil {
+		_ = r.pair.watch(r.index&1, -1) // removing never fails
 	}
 	r.dev.ctrl.unwatch(r)
 	closeFD(r.kick)
@@ -317,10 +340,8 @@ func (d *Device) breakRing(r *ring, err error) {
 // again, and Fault returns true. Workers call it; it waits for nothing but
 // batches of others that are under way.
 func (d *Device) Fault(addr uintptr) bool {
-	if m := d.mem.Load(); m == nil || !m.Owns(addr) {
-		if l := d.dirtyNow.Load(); l == nil || !l.Owns(addr) {
-			return false
-		}
+	if !d.owns(addr) {
+		return false
 	}
 	d.faults.Add(1)
 	for _, r := range d.rings {
@@ -336,6 +357,15 @@ func (d *Device) Fault(addr uintptr) bool {
 	}
 	d.reportLater(ErrFault)
 	return true
+}
+
+// owns says whether the address is in memory that the frontend shares.
+func (d *Device) owns(addr uintptr) bool {
+	if m := d.mem.Load(); m != nil && m.Owns(addr) {
+		return true
+	}
+	l := d.dirtyNow.Load()
+	return l != nil && l.Owns(addr)
 }
 
 // reportLater lets the control plane tell frontend and log about broken rings.

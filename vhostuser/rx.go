@@ -3,6 +3,7 @@ package vhostuser
 import (
 	"encoding/binary"
 	"sync"
+	"sync/atomic"
 
 	"sidewire/engine/frame"
 	"sidewire/vhostuser/virtq"
@@ -31,24 +32,30 @@ type rxRing struct {
 	hdr     int
 	feats   uint64
 	onEmpty bool
+	poll    bool // there is no kick descriptor
 
+	// popped counts what was popped from the ring and not taken back, of all
+	// queues that it had.
+	popped        uint64
 	run           [frame.BatchSize]virtq.Buf
-	running       int      // how many of run are popped and not put
+	running       int      // how many of run are taken and not put
+	runSpares     int      // how many of these, the first ones, were spares
 	filled        int      // how many of these hold a frame
 	segs          [][]byte // room for one frame's buffers
 	used          int      // how much of it is taken
 	heads         [rxHeads]lent
-	n             int              // chains popped and not yet put
+	n             int              // chains taken and not yet put
+	nSpares       int              // of these, the first ones, which were spares
 	dirty         bool             // something was put and not yet published
 	fresh         bool             // the queue has not been used yet
 	frames, bytes uint64           // delivered and not yet counted
 	direct        uint64           // of the frames, how many lay there already
 	seg           *frame.Segmenter // made when a frame first needs it
 
-	reserved *Reserver // nil if nobody receives into the ring's buffers; never changed
+	reserved atomic.Pointer[Reserver] // nil if nobody receives into the ring's buffers
 }
 
-// lent is a popped chain.
+// lent is a chain that was taken.
 type lent struct {
 	head uint16
 	len  int
@@ -139,8 +146,7 @@ func (r *rxRing) deliverRun(fs []*frame.Frame) (n int) {
 	if n == 0 {
 		return 0
 	}
-	run := r.run[:r.q.PopRun(virtq.Writable, r.run[:n])]
-	r.running, r.filled = len(run), 0
+	run := r.takeRun(n)
 	hdr := r.hdr
 	for i := range run {
 		buf, f := &run[i], fs[i]
@@ -170,14 +176,31 @@ func (r *rxRing) deliverRun(fs []*frame.Frame) (n int) {
 	return r.endRun()
 }
 
+// takeRun takes up to n buffers for a run.
+func (r *rxRing) takeRun(n int) []virtq.Buf {
+	k := 0
+	if x := r.reserved.Load(); x != nil {
+		k = x.takeSpares(r.run[:n])
+	}
+	r.running, r.runSpares, r.filled = k, k, 0
+	m := r.q.PopRun(virtq.Writable, r.run[k:n])
+	r.popped += uint64(m)
+	r.running += m
+	return r.run[:r.running]
+}
+
 // endRun puts the buffers of a run that hold a frame and takes the others back.
 // It returns how many it put. A fault in a sender's memory may have ended the
 // run.
 func (r *rxRing) endRun() (n int) {
-	n, running := r.filled, r.running
-	r.running, r.filled = 0, 0 // a fault in the ring must not do it twice
-	if running > n {
-		r.q.Rewind(running - n)
+	n, running, spares := r.filled, r.running, r.runSpares
+	r.running, r.runSpares, r.filled = 0, 0, 0 // a fault in the ring must not do it twice
+	if n < spares {
+		r.reserved.Load().spares += spares - n
+	}
+	if back := running - max(n, spares); back > 0 {
+		r.q.Rewind(back)
+		r.popped -= uint64(back)
 	}
 	if n > 0 {
 		r.q.PutRun(r.run[:n])
@@ -193,7 +216,7 @@ func (r *rxRing) takesAsIs(f *frame.Frame) bool {
 	if f.Flags|f.GSO == 0 {
 		return true
 	}
-	return r.feats&featGuestCSUM != 0 && (f.GSO == frame.GSONone || r.takesGSO(f.GSO))
+	return takes(r.feats, f.GSO)
 }
 
 // begin is called before the queue is used.
@@ -234,7 +257,7 @@ func (r *rxRing) publish() {
 
 // deliver gives the guest one frame in the form that it can take.
 func (r *rxRing) deliver(f *frame.Frame) {
-	if f.GSO != frame.GSONone && !r.takesGSO(f.GSO) {
+	if f.GSO != frame.GSONone && !takes(r.feats, f.GSO) {
 		r.segment(f)
 		return
 	}
@@ -249,10 +272,16 @@ func (r *rxRing) deliver(f *frame.Frame) {
 	}
 }
 
-// takesGSO reports whether the guest takes frames of this GSO type whole.
-func (r *rxRing) takesGSO(gso uint8) bool {
+// Takes reports whether the guest takes frames of a GSO type whole, or for
+// frame.GSONone, with a partial checksum. Push mends others. It is cheap, and
+// false while no rx ring runs.
+func (d *Device) Takes(gso uint8) bool { return takes(d.takes.Load(), gso) }
+
+// takes is Takes for a guest with these features.
+func takes(feats uint64, gso uint8) bool {
 	need := uint64(featGuestCSUM)
 	switch gso &^ frame.GSOECN {
+	case frame.GSONone:
 	case frame.GSOTCPv4:
 		need |= featGuestTSO4
 	case frame.GSOTCPv6:
@@ -265,7 +294,7 @@ func (r *rxRing) takesGSO(gso uint8) bool {
 	if gso&frame.GSOECN != 0 {
 		need |= featGuestECN
 	}
-	return r.feats&need == need
+	return feats&need == need
 }
 
 // segment delivers a GSO frame in pieces. What does not fit is lost as on any
@@ -328,22 +357,35 @@ func (r *rxRing) write(f *frame.Frame) frame.DropReason {
 	return frame.ReasonNone
 }
 
-// pop takes one more buffer for the frame in hand and returns its length.
+// pop takes one more buffer for the frame in hand and returns its length. The
+// spares come first.
 func (r *rxRing) pop() (int, frame.DropReason) {
 	if r.n == rxHeads {
 		r.giveBack()
 		return 0, frame.NoBuffer
+	}
+	if x := r.reserved.Load(); x != nil && x.spares > 0 {
+		var buf [1]virtq.Buf
+		x.takeSpares(buf[:])
+		r.segs[r.used] = buf[0].B
+		r.heads[r.n] = lent{buf[0].Head, len(buf[0].B)}
+		r.n++
+		r.nSpares++
+		r.used++
+		return len(buf[0].B), frame.ReasonNone
 	}
 	c, status := r.q.Pop(virtq.Writable, r.segs[r.used:r.used:len(r.segs)])
 	switch status {
 	case virtq.OK:
 		r.heads[r.n] = lent{c.Head, c.Len}
 		r.n++
+		r.popped++
 		r.used += len(c.Segs)
 		return c.Len, frame.ReasonNone
 	case virtq.Bad:
 		r.heads[r.n] = lent{c.Head, 0}
 		r.n++
+		r.popped++
 		r.giveBack()
 		r.pair.dev.badChains[r.q.LastCause()].Add(1)
 		return 0, frame.BadDescriptor
@@ -361,10 +403,14 @@ func (r *rxRing) pop() (int, frame.DropReason) {
 
 // rewind takes back all pops since the last frame.
 func (r *rxRing) rewind() {
-	if r.n > 0 {
-		r.q.Rewind(r.n)
+	if r.nSpares > 0 {
+		r.reserved.Load().spares += r.nSpares
 	}
-	r.n, r.used = 0, 0
+	if back := r.n - r.nSpares; back > 0 {
+		r.q.Rewind(back)
+		r.popped -= uint64(back)
+	}
+	r.n, r.nSpares, r.used = 0, 0, 0
 }
 
 // giveBack returns all pops since the last frame unused: buffers that cannot
@@ -373,7 +419,7 @@ func (r *rxRing) giveBack() {
 	for _, h := range r.heads[:r.n] {
 		r.q.Put(h.head, 0)
 	}
-	r.n, r.used, r.dirty = 0, 0, true
+	r.n, r.nSpares, r.used, r.dirty = 0, 0, 0, true
 }
 
 // fill copies header and frame, need bytes together, to the popped buffers
@@ -395,7 +441,7 @@ func (r *rxRing) fill(f *frame.Frame, need int) {
 		r.q.Put(h.head, uint32(n))
 		need -= n
 	}
-	r.n, r.used, r.dirty = 0, 0, true
+	r.n, r.nSpares, r.used, r.dirty = 0, 0, 0, true
 }
 
 // writer copies to a scatter list, whose end it silently stops at.

@@ -3,6 +3,7 @@ package vhostuser
 import (
 	"encoding/json"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -137,6 +138,12 @@ func (w *watcher) Wake() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.wakes++
+}
+
+func (w *watcher) list() []int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.fds)
 }
 
 func (w *watcher) get() int {

@@ -178,7 +178,7 @@ func (p *pod) wire(s *server) error {
 	}
 	e.SetStages(up, p.nat.Inbound())
 	if p.up.Direct() {
-		p.up.Queues()[0].SetRoom(p.nics[0].device.Reserver())
+		p.up.Queues()[0].SetRoom(p.nics[0].device.Reserver(0).AnyQueue())
 	}
 	for i, q := range p.up.Queues() {
 		w := i % e.Workers()

@@ -15,9 +15,11 @@ type Room interface {
 	// skip buffers, and returns all of the reservation; nil if there are less
 	// than least.
 	Reserve(skip, least, most int) [][]byte
-	// Keep takes back all buffers but the first n, which hold frames.
+	// Keep takes back all buffers but the first n, which hold frames. Keep(0)
+	// ends the reservation.
 	Keep(n int)
-	// Free ends the reservation.
+	// Free ends the reservation, and takes back those of frames that were not
+	// delivered.
 	Free()
 }
 
