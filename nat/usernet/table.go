@@ -11,6 +11,7 @@ const (
 	defaultFlows = 1 << 17
 	// slabFlows is how many flows are allocated at once: 128 KiB of them.
 	slabFlows = 1 << 10
+	fewHeads  = 64 // hash chains at first, a power of two
 	none      = int32(-1)
 )
 
@@ -95,10 +96,13 @@ const (
 // table is the flows of one worker.
 type table struct {
 	slabs [][]flow
-	heads []int32 // hash chains, 1 + index
-	mask  uint32
-	free  int32 // 1 + index
-	used  int   // places ever handed out
+	// heads are the hash chains, 1 + index. There are as many as there ever were
+	// flows, and they grow one by one: by linear hashing, no flow but those of
+	// one chain has to move for that, and an idle table is small.
+	heads []int32
+	mask  uint32 // one less than the largest power of two that is not more than len(heads)
+	free  int32  // 1 + index
+	used  int    // places ever handed out
 	count int
 	max   int
 	seed  uint64
@@ -106,8 +110,7 @@ type table struct {
 }
 
 func (t *table) init(limit int) {
-	n := 1 << bits.Len(uint(limit-1))
-	t.heads, t.mask, t.max, t.seed = make([]int32, n), uint32(n-1), limit, rand.Uint64()|1
+	t.heads, t.mask, t.max, t.seed = make([]int32, fewHeads), fewHeads-1, limit, rand.Uint64()|1
 }
 
 // at is the flow with an index, borrowed.
@@ -119,7 +122,27 @@ func (t *table) bucket(k *key) *int32 {
 		h = mix(h ^ le64(k.remote[i:]))
 	}
 	h = mix(h ^ uint64(k.rport)<<48 ^ uint64(k.gport)<<32 ^ uint64(k.proto)<<8 ^ uint64(k.in))
-	return &t.heads[uint32(h>>32)&t.mask]
+	at := uint32(h>>32) & (2*t.mask + 1)
+	if int(at) >= len(t.heads) {
+		at &= t.mask
+	}
+	return &t.heads[at]
+}
+
+// split makes one more hash chain, of what belongs there of another.
+func (t *table) split() {
+	from := uint32(len(t.heads)) & t.mask
+	i := t.heads[from]
+	t.heads[from] = 0
+	if t.heads = append(t.heads, 0); uint32(len(t.heads)) == 2*(t.mask+1) {
+		t.mask = 2*t.mask + 1
+	}
+	for i != 0 {
+		f := t.at(i - 1)
+		next, head := f.next, t.bucket(&f.key)
+		f.next = *head
+		*head, i = i, next
+	}
 }
 
 // mix is a step of a hash that nobody outside can aim at: its seed is secret.
@@ -163,7 +186,9 @@ func (t *table) add(k key) int32 {
 		i = int32(t.used)
 		t.used++
 	}
-	t.count++
+	if t.count++; t.count > len(t.heads) {
+		t.split()
+	}
 	t.gen++
 	f, head := t.at(i), t.bucket(&k)
 	*f = flow{key: k, fd: -1, gen: t.gen, next: *head, timerNext: none, timerPrev: none, timerSlot: noSlot, batchAt: -1, readyNext: notReady, readyPrev: none}
