@@ -25,13 +25,18 @@ func node(t *testing.T) (ns, host *enginetest.NetNS) {
 		require.NoError(t, n.Sysctl("net/ipv6/conf/default/accept_dad", "0"))
 	}
 	enginetest.Veth(t, ns, "eth1", host, "eth0")
-	for n, link := range map[*enginetest.NetNS]string{ns: "eth1", host: "eth0"} {
-		enginetest.Eventually(t, soon, func() bool { // at rest
-			out, err := n.Command("ip", "-6", "-o", "addr", "show", "dev", link).Output()
-			return err == nil && len(out) > 0
-		})
-	}
+	atRest(t, ns, "eth1")
+	atRest(t, host, "eth0")
 	return ns, host
+}
+
+// atRest waits until the kernel has set a new link up.
+func atRest(t *testing.T, ns *enginetest.NetNS, link string) {
+	t.Helper()
+	enginetest.Eventually(t, soon, func() bool {
+		out, err := ns.Command("ip", "-6", "-o", "addr", "show", "dev", link).Output()
+		return err == nil && len(out) > 0 && !strings.Contains(string(out), "tentative")
+	})
 }
 
 // An uplink joins guests to what is behind a link of the host. The host keeps
@@ -85,6 +90,8 @@ func TestGuideVLAN100(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	other := enginetest.NewNetNS(t)
 	enginetest.Veth(t, w.Pod, "eth1", other, "eth0")
+	atRest(t, w.Pod, "eth0")
+	atRest(t, w.Pod, "eth1")
 	vmi, err := filepath.Abs(vmFile)
 	require.NoError(t, err)
 	nad, err := filepath.Abs(nadFile)
