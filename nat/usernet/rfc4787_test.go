@@ -658,6 +658,17 @@ func TestRFC4787_REQ14_Fragments(t *testing.T) {
 			b := inFragments(whole[:len(whole)-8], 1, 1480)
 			return [][]byte{a[2], b[2], a[0], a[1]}
 		}, nil},
+		// Bytes that are there twice, or beyond the end, must not make up for
+		// others that are missing.
+		{"overlap for a hole", func() [][]byte {
+			return [][]byte{piece(whole, 0, 1600, true), piece(whole, 800, 1600, true), piece(whole, 2400, 4008, false)}
+		}, nil},
+		{"beyond the end for a hole", func() [][]byte {
+			return [][]byte{piece(whole, 0, 800, true), piece(whole, 1600, 2400, false), piece(whole, 2400, 3200, true)}
+		}, nil},
+		{"the end before them", func() [][]byte {
+			return [][]byte{piece(whole, 0, 800, true), piece(whole, 2400, 3200, true), piece(whole, 1600, 2400, false)}
+		}, nil},
 		{"tiny first", func() [][]byte {
 			fs := inFragments(whole, 1, 8)
 			first := bytes.Clone(fs[0][:14+20+4])
@@ -689,6 +700,15 @@ func TestRFC4787_REQ14_Fragments(t *testing.T) {
 			}
 		})
 	}
+}
+
+// piece is the fragment with some bytes of a frame's packet, id 1.
+func piece(b []byte, from, to int, more bool) []byte {
+	ip := enginetest.IP{Src: guestIP, Dst: gatewayIP, ID: 1, Frag: uint16(from / 8)}
+	if more {
+		ip.Frag |= frame.MoreFragments
+	}
+	return toRouter.Frame(frame.TypeIPv4, ip.Packet(b[23], b[34+from:34+to]))
 }
 
 func reversed(fs [][]byte) (r [][]byte) {

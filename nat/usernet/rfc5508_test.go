@@ -406,10 +406,18 @@ func TestGatewayAnswersEcho(t *testing.T) {
 		}
 		require.Equal(t, enginetest.EchoReply(3, 4).Message(enginetest.IP{Src: gatewayIP}, p), whole, "%d bytes", n)
 	}
+	// Two in a batch: the memory of the first is not used again before its end.
+	first := strings.Repeat("first", 2000)
+	as := w.send(append(inFragments(echoTo(gatewayIP, 3, 7, first), 1, 1480), inFragments(echoTo(gatewayIP, 3, 8, strings.Repeat("second", 2000)), 2, 1480)...)...)
+	var whole []byte
+	for _, a := range as[:len(as)/2] {
+		whole = append(whole, a.payload...)
+	}
+	require.Equal(t, first, string(whole[8:min(len(whole), 8+len(first))]))
 	// One that has options, a longer header, and one for nobody.
 	opt := to(gatewayIP)
 	opt.Options = make([]byte, 40)
-	as := w.send(enginetest.ICMPFrame(toRouter, opt, enginetest.Echo(3, 5), []byte("options")))
+	as = w.send(enginetest.ICMPFrame(toRouter, opt, enginetest.Echo(3, 5), []byte("options")))
 	require.Len(t, as, 1)
 	as[0].isReply(t, gatewayIP, 3, 5, "options")
 	as = w.send(echoTo(netip.MustParseAddr("10.0.2.77"), 3, 6, ""))
