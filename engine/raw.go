@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -21,4 +22,12 @@ func epollNap(epfd int, evs []unix.EpollEvent) (int, unix.Errno) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(&evs[0])),
 		uintptr(len(evs)), nap, 0, 0)
 	return int(n), errno
+}
+
+// nanosleep sleeps for a part of a nap's time, whatever happens meanwhile. A
+// signal ends it.
+func nanosleep(d time.Duration) {
+	t := unix.NsecToTimespec(int64(d))
+	// SAFETY: the kernel reads t during the call.
+	_, _, _ = unix.RawSyscall(unix.SYS_NANOSLEEP, uintptr(unsafe.Pointer(&t)), 0, 0)
 }

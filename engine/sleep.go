@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
 )
 
 // maxSpin is how long a worker looks for more before it sleeps. A wake-up
@@ -28,6 +30,68 @@ type sleeper struct {
 
 	offTill int64 // no spinning before this time
 	last    int64 // length of the last sleep, ns
+	stream  stream
+}
+
+// stream notices frames that come from one side alone, a few at a time, which
+// nobody is answering: a stream of datagrams. To be woken up for each costs more
+// than to carry it, so the worker closes its eyes for a moment and takes those
+// that have come by then together. What is answered, as requests and TCP are,
+// is never kept waiting.
+type stream struct {
+	in      frame.PortID // where the last turns found frames
+	turns   int          // how many of them in a row
+	found   int          // frames since the last nap
+	napping bool
+	credit  int // of naps that found nothing worth it, how many are to be left out
+	length  time.Duration
+}
+
+const (
+	// streamTurns in a row from one side make a stream. A request with its answer
+	// has one.
+	streamTurns = 32
+	// A nap should find this many frames, and lasts from minNap to maxNap.
+	napFrames = 16
+	minNap    = 20 * time.Microsecond
+	maxNap    = 80 * time.Microsecond
+	// napPause is how many sleeps are ordinary ones after a nap for nothing.
+	napPause = 64
+)
+
+// saw notes a turn that found n frames, all from the port in unless there were
+// others.
+func (s *stream) saw(in frame.PortID, others bool, n int) {
+	if in != s.in || others {
+		*s = stream{in: in}
+	}
+	s.turns++
+	s.found += n
+}
+
+// nap is how long to close the eyes before the next look, 0 for not at all.
+func (s *stream) nap(mode PollMode) time.Duration {
+	if s.turns < streamTurns || mode != PollAdaptive {
+		return 0
+	}
+	if s.credit > 0 {
+		s.credit--
+		s.napping = false
+		return 0
+	}
+	switch {
+	case !s.napping:
+		s.length = minNap
+	case s.found < 2:
+		s.credit, s.napping, s.found = napPause, false, 0
+		return 0
+	case s.found < napFrames:
+		s.length = min(2*s.length, maxNap)
+	case s.found > 2*napFrames:
+		s.length = max(s.length/2, minNap)
+	}
+	s.napping, s.found = true, 0
+	return s.length
 }
 
 // light says whether the next sleep is likely to be short, because the last

@@ -86,3 +86,42 @@ func TestWorkerKeepsItsThread(t *testing.T) {
 	assert.Len(t, threads, 1)
 	assert.Equal(t, map[int]bool{1: true}, cpus)
 }
+
+func TestStreamNaps(t *testing.T) {
+	var s stream
+	see := func(in frame.PortID, n int) { s.saw(in, false, n) }
+	for range streamTurns - 1 {
+		see(1, 1)
+		assert.Zero(t, s.nap(PollAdaptive))
+	}
+	see(1, 1)
+	assert.Zero(t, s.nap(PollNever))
+	assert.Zero(t, s.nap(PollAlways))
+	assert.Equal(t, minNap, s.nap(PollAdaptive))
+	// Each nap finds a few: it grows, to a limit.
+	for range 5 {
+		see(1, 5)
+		s.nap(PollAdaptive)
+	}
+	assert.Equal(t, maxNap, s.length)
+	see(1, 3*napFrames)
+	assert.Equal(t, maxNap/2, s.nap(PollAdaptive), "what comes must not overflow what it waits in")
+	// One finds nothing that it was worth for: ordinary sleeps follow.
+	see(1, 1)
+	for range napPause + 1 {
+		assert.Zero(t, s.nap(PollAdaptive))
+		see(1, 1)
+	}
+	assert.Equal(t, minNap, s.nap(PollAdaptive))
+	// An answer from the other side ends it at once.
+	see(2, 1)
+	assert.Zero(t, s.nap(PollAdaptive))
+	for range 10 * streamTurns {
+		see(1, 1)
+		assert.Zero(t, s.nap(PollAdaptive))
+		see(2, 1)
+		assert.Zero(t, s.nap(PollAdaptive))
+		s.saw(1, true, 9)
+		assert.Zero(t, s.nap(PollAdaptive))
+	}
+}
