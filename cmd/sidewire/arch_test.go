@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	},
 	"nat":                {"engine/frame"},
 	"nat/dns":            {},
+	"nat/usernet":        {"engine/frame"},
 	"dhcp":               {"engine/frame"},
 	"cmd/sidewire-guest": {"engine/enginetest"},
 	"cmd/sidewire":       {"*"},
@@ -57,13 +58,14 @@ var sentences = map[string]string{
 	"vhostuser/vhosttest": "Package vhosttest plays QEMU and its guest",
 	"nat":                 "Package nat rewrites flows",
 	"nat/dns":             "Package dns answers guests from the host's resolvers.",
+	"nat/usernet":         "Package usernet carries guest TCP, UDP and ICMP over ordinary host sockets",
 	"dhcp":                "Package dhcp leases addresses to guests",
 }
 
 // mayUseUnsafe lists where unsafe is allowed: rings, guest memory, and the raw
 // system calls of worker, uplink and stream.
 // The driver's side in vhosttest and the guest's ethtool calls are as raw.
-var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine", "engine/uplink", "engine/stream", "vhostuser/vhosttest", "cmd/sidewire-guest"}
+var mayUseUnsafe = []string{"vhostuser/virtq", "vhostuser/guestmem", "engine", "engine/uplink", "engine/stream", "nat/usernet", "vhostuser/vhosttest", "cmd/sidewire-guest"}
 
 // testOnly are modules that the program itself must not link.
 var testOnly = []string{"github.com/stretchr/testify", "github.com/gopacket/gopacket", "testing"}

@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -29,7 +31,11 @@ const (
 type forwardRequest struct {
 	Interface string `json:"interface,omitempty"` // VMI/INTERFACE; may be left out where there is one
 	Protocol  string `json:"protocol"`            // TCP or UDP
-	Port      uint16 `json:"port"`
+	// Address is where the host listens, if not everywhere, and GuestPort the
+	// guest's port, if another: on the socket path alone.
+	Address netip.Addr `json:"address,omitzero"`
+	Port    uint16     `json:"port"`
+	Guest   uint16     `json:"guestPort,omitempty"`
 }
 
 // apiError is the body of every answer that is not a success.
@@ -41,6 +47,7 @@ type apiError struct {
 type controller interface {
 	Status() Status
 	FDB() []StationStatus
+	Flows(limit int) FlowList
 	Forwards() map[string][]forwardRequest
 	AddForward(forwardRequest) error
 	RemoveForward(forwardRequest) error
@@ -157,6 +164,18 @@ func controlHandler(c controller) http.Handler {
 	})
 	mux.HandleFunc("GET /"+apiVersion+"/fdb", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.FDB())
+	})
+	mux.HandleFunc("GET /"+apiVersion+"/flows", func(w http.ResponseWriter, r *http.Request) {
+		limit := maxFlowsShown
+		if text := r.URL.Query().Get("max"); text != "" {
+			n, err := strconv.Atoi(text)
+			if err != nil || n < 1 {
+				answer(w, http.StatusBadRequest, apiError{"max: want a number of at least 1"})
+				return
+			}
+			limit = n
+		}
+		answer(w, http.StatusOK, c.Flows(limit))
 	})
 	mux.HandleFunc("GET /"+apiVersion+"/forwards", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.Forwards())

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"sidewire/engine"
+	"sidewire/nat/usernet"
 )
 
 // list is a flag that may be given several times.
@@ -42,6 +43,13 @@ type options struct {
 	verbose    bool
 	qemu       string
 	kvm        bool
+
+	// Of the socket path.
+	rules          []usernet.Rule // in the order given
+	forward        list
+	mtu            int
+	noHostLoopback bool
+	slirpPing      bool
 }
 
 // newFlags makes a flag set that reports errors through parse, in one line,
@@ -93,7 +101,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.netns, "netns", "", "network namespace `PATH` of the pod (default: the own one)")
 	fs.StringVar(&o.socketDir, "socket-dir", dir, "`DIR` for the vhost-user sockets, DIR/VMI/INTERFACE.sock")
 	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
-	fs.StringVar(&o.path, "path", "auto", "way out of masquerade: `auto`, packet or socket")
+	fs.StringVar(&o.path, "path", "auto", "way out of masquerade: `auto`, packet (with CAP_NET_ADMIN and CAP_NET_RAW) or socket (without privileges)")
 	fs.StringVar(&o.mode, "mode", "server", "vhost-user `MODE`: server (QEMU dials) or client (QEMU listens)")
 	fs.StringVar(&o.cpus, "cpus", "", "`LIST` of processors for the workers, one worker each, such as 2,4-6")
 	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
@@ -103,6 +111,12 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.BoolVar(&o.guestTSO, "guest-tso", true, "let guests receive TCP super-frames; off for guests that attach XDP")
 	fs.BoolVar(&o.compat, "dhcp-kubevirt-compat", false, "answer DHCP as KubeVirt's server does, faults included")
 	fs.BoolVar(&o.verbose, "v", false, "log what is of interest to developers")
+	fs.Var(rules{"allow", &o.rules}, "allow", "`WHERE` slirp guests and those of the socket path may go, such as 192.0.2.0/24:443/tcp or any:53/udp; the first of all --allow and --deny that fits decides")
+	fs.Var(rules{"deny", &o.rules}, "deny", "`WHERE` they may not go, such as 10.0.0.0/8 or any/icmp")
+	fs.Var(&o.forward, "forward", "`[VMI/INTERFACE=][ADDR:]PORT[-LAST][:GUESTPORT][/udp]` that leads to such a guest; may be repeated")
+	fs.IntVar(&o.mtu, "mtu", 0, "`BYTES` of the MTU of such guests' links (default: that of the pod's link, 1500 for slirp)")
+	fs.BoolVar(&o.noHostLoopback, "no-host-loopback", false, "keep such guests from the pod's 127.0.0.1, for which the gateway stands otherwise")
+	fs.BoolVar(&o.slirpPing, "slirp-ping", false, "let slirp guests ping beyond the gateway")
 }
 
 // check says what is wrong with the flags' values.
@@ -114,6 +128,9 @@ func (o *options) check() error {
 		return badInput("--path %s: want auto, packet or socket", o.path)
 	case o.mode != "server" && o.mode != "client":
 		return badInput("--mode %s: want server or client", o.mode)
+	}
+	if o.mtu != 0 && (o.mtu < 576 || o.mtu > 65535) {
+		return badInput("--mtu %d: want 576 to 65535", o.mtu)
 	}
 	if _, err := o.pollMode(); err != nil {
 		return err

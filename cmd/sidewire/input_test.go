@@ -80,10 +80,9 @@ var badSpecs = map[string]struct {
 	"prefix of 33":        {"pod: {}", "pod: {vmNetworkCIDR: 10.0.2.0/33}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "10.0.2.0/33", "write it like"}}},
 	"no CIDR":             {"pod: {}", "pod: {vmNetworkCIDR: red}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "red", "write it like"}}},
 	"prefix of 31":        {"pod: {}", "pod: {vmNetworkCIDR: 10.0.2.0/31}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "10.0.2.0/31", "use /30 or larger"}}},
-	"unsupported binding": {"masquerade: {}", "slirp: {}", [][]string{{"interfaces[0].slirp", "not supported", "use masquerade: {}"}}},
+	"unsupported binding": {"masquerade: {}", "passt: {}", [][]string{{"interfaces[0].passt", "not supported", "use masquerade: {}"}}},
 	"no binding":          {"masquerade: {}", "bootOrder: 1", [][]string{{"interfaces[0]", "red", "exactly one binding"}}},
-	"unknown model":       {"masquerade: {}", "masquerade: {}\n        model: ne2000", [][]string{{"interfaces[0].model", "ne2000"}, {"not supported yet", "use virtio"}}},
-	"unsupported model":   {"masquerade: {}", "masquerade: {}\n        model: e1000", [][]string{{"interfaces[0].model", "e1000", "use virtio"}}},
+	"unknown model":       {"masquerade: {}", "masquerade: {}\n        model: ne2000", [][]string{{"interfaces[0].model", "ne2000"}}},
 	"malformed MAC":       {guestMAC.String(), "02:00:00", [][]string{{"interfaces[0].macAddress", "malformed MAC"}}},
 	"port twice":          {"masquerade: {}", "masquerade: {}\n        ports: [{port: 80}, {port: 80}]", [][]string{{"ports[1].port", "80/TCP", "twice", "remove one"}}},
 	"port of 0":           {"masquerade: {}", "masquerade: {}\n        ports: [{port: 0}]", [][]string{{"ports[0]", "port"}}},
@@ -291,9 +290,13 @@ func TestMissingCapability(t *testing.T) {
 	dir := socketDir(t)
 	before := footprint(t, w.Pod)
 	run := []string{"run", "-f", file, "--socket-dir", dir, "--resolv-conf", w.ResolvConf}
-	withoutCapabilities(t, w.Pod.Path, run...).says(t, exitMachine, "run", []string{"vm/red", "CAP_NET_ADMIN", "setcap"})
-	withoutCapabilities(t, w.Outside.Path, append(run, "--netns", w.Pod.Path)...).
+	withoutCapabilities(t, w.Pod.Path, append(run, "--path", "packet")...).
+		says(t, exitMachine, "run", []string{"vm/red", "CAP_NET_ADMIN", "setcap", "--path socket"})
+	run = append(run, "--netns", w.Pod.Path)
+	withoutCapabilities(t, w.Outside.Path, append(run, "--path", "packet")...).
 		says(t, exitMachine, "run", []string{"vm/red", "CAP_SYS_ADMIN", "setcap"})
+	withoutCapabilities(t, w.Outside.Path, append(run, "--path", "socket")...).
+		says(t, exitMachine, "run", []string{"vm/red", "CAP_SYS_ADMIN", "setcap cap_sys_admin+ep", "start it in the pod's namespace"})
 	assert.Empty(t, changes(before, footprint(t, w.Pod)))
 	assert.Empty(t, listing(t, dir))
 }

@@ -51,7 +51,8 @@ func commands() []command {
 		{"demo", "", "boot a real guest and show each thing working", demoCommand},
 		{"status", "[--json]", "what a running sidewire does", statusCommand},
 		{"fdb", "[--json]", "the addresses that the switches of a running sidewire know", fdbCommand},
-		{"forward", "list|add|remove [INTERFACE] [PROTO:PORT]", "look at or change the forwarded ports", forwardCommand},
+		{"flows", "[--json] [--max N]", "the flows of the guests of a running sidewire", flowsCommand},
+		{"forward", "list|add|remove [INTERFACE] [PROTO:[ADDR:]PORT[:GUESTPORT]]", "look at or change the forwarded ports", forwardCommand},
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"sidewire/dhcp"
 	"sidewire/engine/frame"
+	"sidewire/engine/stream"
 	"sidewire/engine/uplink"
 	"sidewire/engine/vmi"
 	"sidewire/nat"
@@ -23,10 +24,21 @@ type nic struct {
 	socket string
 	order  int // among all that are served, as the files have them
 
-	dhcp   *dhcp.Server
+	dhcp *dhcp.Server
+	// One of the two is the device, by the model.
 	device *vhostuser.Device
+	stream *stream.Device
 	port   frame.PortID // to the guest
 }
+
+// frontends are what a device has for those who connect to its socket.
+type frontends interface {
+	Listen() error
+	Serve(context.Context) error
+}
+
+// virtio says whether the interface's model is served over vhost-user.
+func (n *nic) virtio() bool { return n.iface.Model == "virtio" }
 
 // name is how users name the interface.
 func (n *nic) name() string { return n.vm.Name + "/" + n.iface.Name }
@@ -42,6 +54,17 @@ func (n *nic) mac() (m frame.MAC) {
 // open makes the device and its port. snapshot is how many bytes of a frame the
 // port's stages read, 0 for all that they can.
 func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
+	if !n.virtio() {
+		n.stream, err = stream.New(stream.Config{
+			Name: n.name(), Path: n.socket, Client: o.mode == "client", MTU: mtu, Log: s.log.With("interface", n.name()),
+		})
+		if err != nil {
+			return cannot("%w", err)
+		}
+		s.onStop(n.stream.Close)
+		n.port, err = s.engine.AddPort(n.name()+" guest", n.stream)
+		return err
+	}
 	n.device, err = vhostuser.NewDevice(vhostuser.Config{
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
 		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
@@ -55,12 +78,27 @@ func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.M
 	return err
 }
 
+// assign chooses a worker for each queue pair.
+func (n *nic) assign(s *server) (workers []int) {
+	for range n.iface.QueuePairs {
+		workers = append(workers, s.nextWorker())
+	}
+	return workers
+}
+
 // attach gives workers to the queue pairs.
-func (n *nic) attach(s *server) {
-	for _, p := range n.device.Pairs() {
-		w := s.nextWorker()
-		p.SetWatcher(s.engine.Worker(w))
-		s.engine.AddQueue(n.port, p, w)
+func (n *nic) attach(s *server) { n.attachTo(s, n.assign(s)) }
+
+// attachTo gives each queue pair the worker that was chosen for it.
+func (n *nic) attachTo(s *server, workers []int) {
+	if n.stream != nil {
+		n.stream.SetWatcher(s.engine.Worker(workers[0]))
+		s.engine.AddQueue(n.port, n.stream, workers[0])
+		return
+	}
+	for i, p := range n.device.Pairs() {
+		p.SetWatcher(s.engine.Worker(workers[i]))
+		s.engine.AddQueue(n.port, p, workers[i])
 	}
 }
 
@@ -69,12 +107,16 @@ func (n *nic) listen(ctx context.Context, s *server) error {
 	if err := os.MkdirAll(filepath.Dir(n.socket), 0o700); err != nil {
 		return cannot("socket directory: %w; name another with --socket-dir", err)
 	}
-	if err := n.device.Listen(); err != nil {
+	var d frontends = n.device
+	if n.stream != nil {
+		d = n.stream
+	}
+	if err := d.Listen(); err != nil {
 		return cannot("%w", err)
 	}
 	go func() {
-		if err := n.device.Serve(ctx); err != nil && !errors.Is(err, vhostuser.ErrClosed) {
-			s.log.Error("vhost-user socket ended", "interface", n.name(), "err", err)
+		if err := d.Serve(ctx); err != nil && !errors.Is(err, vhostuser.ErrClosed) {
+			s.log.Error("the guest's socket ended", "interface", n.name(), "err", err)
 		}
 	}()
 	return nil
@@ -109,7 +151,11 @@ type podNIC struct {
 // host side is open; nothing is connected yet.
 func (n *podNIC) open(s *server, o *options) error {
 	var err error
-	if n.dns, err = newResolver(o, n, s.log); err != nil {
+	n.dns, err = newResolver(o, relayPlace{
+		netns: n.pod.netns, at: netip.AddrPortFrom(n.gateway.Addr(), dnsPort), device: n.localTap().Name(),
+		allow: netip.PrefixFrom(n.guestIP, n.guestIP.BitLen()), shown: n.iface.Network.Gateway,
+	}, s.log.With("interface", n.name()))
+	if err != nil {
 		return err
 	}
 	if n.tap, err = s.engine.AddPort(n.name()+" pod", n.localTap()); err != nil {
@@ -178,10 +224,11 @@ func (n *podNIC) resolve(ctx context.Context, s *server, o *options) {
 // dhcpConfig is what the guest is leased.
 func (n *podNIC) dhcpConfig(o *options) dhcp.Config {
 	net, resolv := n.iface.Network, n.dns.config()
+	servers, _ := n.dns.servers(resolv)
 	c := dhcp.Config{
 		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
 		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: uplink.GatewayMAC,
-		DNS: resolv.DNS4(net.Gateway), Search: resolv.SearchDomains(n.vm.Subdomain), MTU: n.pod.host.MTU(),
+		DNS: servers, Search: resolv.SearchDomains(n.vm.Subdomain), MTU: n.pod.host.MTU(),
 		OnLease: func(m frame.MAC) { n.pod.nat.LearnMAC(n.index, m) },
 	}
 	n.leaseOptions(&c, o)

@@ -20,13 +20,14 @@ type served interface {
 
 // plan is what is to be served.
 type plan struct {
-	pods []*pod
-	lans []*lan
-	all  []served // in the order of the files
+	pods  []*pod
+	lans  []*lan
+	users []*userNIC
+	all   []served // in the order of the files
 }
 
 // planAll finds for every interface what it is joined to: the address of a
-// namespace, or a switch.
+// namespace, sockets of ours, or a switch.
 func planAll(o *options, vms []vmi.VM) (*plan, error) {
 	if err := checkUplinks(o, vms); err != nil {
 		return nil, err
@@ -40,9 +41,12 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 				return nil, err
 			}
 			var err error
-			if i.Network.NAD != nil {
+			switch {
+			case i.Network.NAD != nil:
 				err = p.addLAN(o, n, lans)
-			} else {
+			case onSockets(o, i):
+				p.addUser(o, n)
+			default:
 				err = p.addPod(o, n, pods)
 			}
 			if err != nil {
@@ -53,7 +57,7 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 	if len(p.all) == 0 {
 		return nil, badInput("the VMIs have no interface to serve")
 	}
-	return p, checkLinks(p)
+	return p, errors.Join(checkLinks(p), checkUserFlags(o, p))
 }
 
 func (p *plan) addPod(o *options, n nic, pods map[string]*pod) error {

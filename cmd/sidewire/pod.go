@@ -111,7 +111,7 @@ func (p *pod) openHost(s *server) (err error) {
 	}
 	s.onStop(p.host.Restore)
 	p.up, err = uplink.Open(uplink.Config{
-		Link: p.link, Sink: p.host.Sink(), Workers: workers, Direct: len(p.nics) == 1, Mark: uplink.Mark,
+		Link: p.link, Sink: p.host.Sink(), Workers: workers, Direct: len(p.nics) == 1 && p.nics[0].virtio(), Mark: uplink.Mark,
 	})
 	if err != nil {
 		return err
@@ -208,7 +208,7 @@ func hostError(err error) error {
 	case errors.Is(err, uplink.ErrNoLink):
 		return inputError{fmt.Errorf("%w; name the pod network's link with --uplink NETWORK=LINK", err)}
 	case errors.Is(err, uplink.ErrPrivilege):
-		return machineError{fmt.Errorf("%w: run as root or grant it with: setcap cap_net_admin,cap_net_raw,cap_sys_admin+ep sidewire", err)}
+		return machineError{fmt.Errorf("%w: run as root or grant it with: setcap cap_net_admin,cap_net_raw,cap_sys_admin+ep sidewire; or use --path socket", err)}
 	}
 	return machineError{err}
 }

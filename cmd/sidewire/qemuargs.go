@@ -64,6 +64,9 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 // linkMTU is the MTU of an interface's network, 0 if it cannot be seen from
 // here.
 func linkMTU(o *options, vm vmi.VM, i vmi.Interface) (mtu int) {
+	if onSockets(o, i) {
+		return userMTU(o, netnsOf(o, vm), o.uplinkOf(i.Name), i.Binding == vmi.Slirp)
+	}
 	names := []string{o.uplinkOf(i.Name)}
 	if nad := i.Network.NAD; nad != nil {
 		if nad.Switch.MTU != 0 {

@@ -26,21 +26,33 @@ const dnsPort = 53
 
 // resolver follows the pod's resolv.conf for a guest. Servers that the guest
 // can reach itself are in its lease as they are. Where one is on the pod's
-// loopback, or none has an IPv4 address, the gateway is instead, and a relay
-// there asks all of them, as a process of the pod.
+// loopback, or none has an IPv4 address, a relay is instead, which asks all of
+// them, as a process of the pod.
 type resolver struct {
-	path    string // of the resolv.conf
-	netns   string
-	tap     string // link with the gateway's address
-	gateway netip.Addr
-	shown   netip.Addr // the gateway as the guest sees it
-	relay   *dns.Server
-	log     *slog.Logger
+	relayPlace
+	path  string // of the resolv.conf
+	relay *dns.Server
+	log   *slog.Logger
 
-	mu     sync.Mutex // guards everything below
+	mu     sync.Mutex   // guards everything below
+	udp    *net.UDPConn // the relay's from before it serves
+	tcp    *net.TCPListener
 	conf   dhcp.Resolv
 	listen netip.AddrPort // the relay's; the zero value as long as it has none
 	err    error          // why it has none although it should
+}
+
+// relayPlace is where a guest's relay is.
+type relayPlace struct {
+	netns  string
+	at     netip.AddrPort // where it listens; port 0 is any
+	device string         // the only link by which it is reached, empty for all
+	allow  netip.Prefix   // who is answered
+	shown  netip.Addr     // its address as the guest sees it
+	leased bool           // it is the only one that the lease names
+	// inside is the guest's own network: it reaches no resolver that is outside
+	// but has an address of that.
+	inside netip.Prefix
 }
 
 // ResolverStatus is what the guest's queries go by.
@@ -55,19 +67,32 @@ type ResolverStatus struct {
 }
 
 // newResolver reads the resolv.conf of the pod.
-func newResolver(o *options, n *podNIC, log *slog.Logger) (*resolver, error) {
-	r := &resolver{
-		path: resolvConf(o, n.pod.netns), netns: n.pod.netns, tap: uplink.TapName(n.pod.link, n.index), gateway: n.gateway.Addr(),
-		shown: n.iface.Network.Gateway, log: log.With("interface", n.name()),
-	}
+func newResolver(o *options, p relayPlace, log *slog.Logger) (*resolver, error) {
+	r := &resolver{relayPlace: p, path: resolvConf(o, p.netns), log: log}
 	var err error
 	if r.conf, err = dhcp.ResolvConf(r.path); err != nil {
 		return nil, badInput("resolvers: %w; name a file with --resolv-conf", err)
 	}
-	r.relay, err = dns.New(dns.Config{
-		Resolvers: r.targets(r.conf), Allow: netip.PrefixFrom(n.guestIP, n.guestIP.BitLen()), Dial: r.dial,
-	})
+	r.relay, err = dns.New(dns.Config{Resolvers: r.targets(r.conf), Allow: p.allow, Dial: r.dial})
 	return r, err
+}
+
+// servers are whom the guest's lease names, and whether the relay is one of
+// them.
+func (p *relayPlace) servers(conf dhcp.Resolv) (out []netip.Addr, relayed bool) {
+	if p.leased {
+		return []netip.Addr{p.shown}, true
+	}
+	relayed = conf.Relayed()
+	for _, a := range conf.DNS4(p.shown) {
+		if p.inside.IsValid() && p.inside.Contains(a) {
+			a, relayed = p.shown, true
+		}
+		if !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	return out, relayed
 }
 
 // config is what the resolv.conf says now.
@@ -131,17 +156,32 @@ func (r *resolver) reload() bool {
 func (r *resolver) serve(ctx context.Context, wg *sync.WaitGroup) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.listen.IsValid() || !r.conf.Relayed() {
+	if _, relayed := r.servers(r.conf); r.listen.IsValid() || !relayed && r.udp == nil {
 		return
 	}
-	addr := netip.AddrPortFrom(r.gateway, dnsPort)
-	udp, tcp, err := r.open(ctx, addr.String())
-	if r.err = err; err != nil {
-		r.log.Warn("the gateway does not answer the guest's DNS queries", "err", err)
-		return
+	udp, tcp, at := r.udp, r.tcp, netip.AddrPortFrom(r.shown, dnsPort)
+	if udp == nil {
+		at = r.at
+		var err error
+		udp, tcp, err = r.open(ctx, r.at.String())
+		if r.err = err; err != nil {
+			r.log.Warn("the gateway does not answer the guest's DNS queries", "err", err)
+			return
+		}
 	}
-	r.listen = addr
+	r.listen = at
 	wg.Go(func() { r.relay.Serve(ctx, udp, tcp) })
+}
+
+// early lets the relay listen before it serves, and whether or not anybody
+// needs it. It returns where that is.
+func (r *resolver) early(ctx context.Context) (udp, tcp netip.AddrPort, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.udp, r.tcp, err = r.open(ctx, r.at.String()); err != nil {
+		return udp, tcp, err
+	}
+	return r.udp.LocalAddr().(*net.UDPAddr).AddrPort(), r.tcp.Addr().(*net.TCPAddr).AddrPort(), nil
 }
 
 // targets are whom the relay asks: everybody but itself.
@@ -149,7 +189,7 @@ func (r *resolver) targets(conf dhcp.Resolv) []netip.AddrPort {
 	var out []netip.AddrPort
 	for _, a := range conf.Servers {
 		switch {
-		case a == r.gateway:
+		case a == r.at.Addr() && r.at.Port() == dnsPort:
 			continue
 		case a.IsUnspecified() && a.Is4():
 			a = netip.AddrFrom4([4]byte{127, 0, 0, 1})
@@ -161,9 +201,14 @@ func (r *resolver) targets(conf dhcp.Resolv) []netip.AddrPort {
 	return out
 }
 
-// open listens at the gateway, for what comes by the guest's tap alone.
+// open listens where the relay is.
 func (r *resolver) open(ctx context.Context, addr string) (udp *net.UDPConn, tcp *net.TCPListener, err error) {
-	c := net.ListenConfig{Control: control(func(fd int) error { return unix.BindToDevice(fd, r.tap) })}
+	c := net.ListenConfig{Control: control(func(fd int) error {
+		if r.device == "" {
+			return nil
+		}
+		return unix.BindToDevice(fd, r.device)
+	})}
 	err = uplink.InNetNS(r.netns, func() error {
 		pc, err := c.ListenPacket(ctx, "udp4", addr)
 		if err != nil {
@@ -228,7 +273,8 @@ func control(f func(fd int) error) func(network, address string, c syscall.RawCo
 func (r *resolver) status() ResolverStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	st := ResolverStatus{File: r.path, Servers: r.conf.Servers, Leased: r.conf.DNS4(r.shown), Relay: r.relay.Stats()}
+	st := ResolverStatus{File: r.path, Servers: r.conf.Servers, Relay: r.relay.Stats()}
+	st.Leased, _ = r.servers(r.conf)
 	if r.listen.IsValid() {
 		listen := r.listen
 		st.Listen, st.Asks = &listen, r.relay.Resolvers()

@@ -179,7 +179,7 @@ func TestDialByALinkOfTheNamespace(t *testing.T) {
 		w.Pod.Addr("eth0", "fe80::5/64"), w.Outside.Addr("eth0", "fe80::5/64"))
 	zones := map[uint32]bool{}
 	for _, ns := range []*enginetest.NetNS{w.Pod, w.Outside} {
-		c, err := (&resolver{netns: ns.Path}).dial(t.Context(), "udp", "[fe80::53%eth0]:53")
+		c, err := (&resolver{relayPlace: relayPlace{netns: ns.Path}}).dial(t.Context(), "udp", "[fe80::53%eth0]:53")
 		require.NoError(t, err)
 		defer c.Close()
 		raw, err := c.(*net.UDPConn).SyscallConn()
@@ -206,7 +206,7 @@ func TestResolverStatusIsTheGuests(t *testing.T) {
 		require.NoError(t, err)
 		relay, err := sidewiredns.New(sidewiredns.Config{Allow: netip.MustParsePrefix("10.0.2.2/32")})
 		require.NoError(t, err)
-		r := &resolver{path: "/etc/resolv.conf", shown: netip.MustParseAddr("10.0.2.1"), conf: rc, relay: relay}
+		r := &resolver{relayPlace: relayPlace{shown: netip.MustParseAddr("10.0.2.1")}, path: "/etc/resolv.conf", conf: rc, relay: relay}
 		assert.Equal(t, want, r.status().String())
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -14,6 +15,7 @@ import (
 
 	"sidewire/engine"
 	"sidewire/engine/vmi"
+	"sidewire/nat/usernet"
 )
 
 // memorySoftLimit keeps the collector from letting garbage pile up: what the
@@ -60,6 +62,8 @@ type server struct {
 	path    string
 	engine  *engine.Engine
 	turn    int // of the worker that gets the next queue pair
+	// socketShare is how many sockets each interface may have that has its own.
+	socketShare int
 
 	mu      sync.Mutex // guards what follows, and engine while start runs
 	open    []served   // in the order of the files
@@ -81,11 +85,7 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if err != nil {
 		return s, err
 	}
-	if len(p.pods) > 0 {
-		if s.path = "packet"; o.path == "socket" {
-			return s, cannot("--path socket is not built yet: use --path packet with CAP_NET_ADMIN and CAP_NET_RAW")
-		}
-	}
+	s.choosePath(o, p)
 	// The control socket comes first: it tells whether another sidewire is here.
 	stopControl, err := serveControl(ctx, o.controlPath(), s, log)
 	if err != nil {
@@ -115,6 +115,11 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 			return s, fmt.Errorf("%s: %w", p.name(), err)
 		}
 	}
+	for _, n := range p.users {
+		if err := n.open(ctx, s, o, stopEngine); err != nil {
+			return s, fmt.Errorf("%s: %w", n.name(), err)
+		}
+	}
 	for _, l := range p.lans {
 		if err := l.open(ctx, s, o, stopEngine); err != nil {
 			return s, fmt.Errorf("%s: %w", l.guests(), err)
@@ -126,6 +131,34 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	log.Info("serving", "path", s.path, "workers", s.engine.Workers(), "interfaces", len(p.all), "control", o.controlPath())
 	return s, nil
 }
+
+// choosePath notes and says which way the guests take out of masquerade, and
+// shares the descriptors out.
+func (s *server) choosePath(o *options, p *plan) {
+	pairs := 0
+	for _, n := range p.all {
+		pairs += n.base().iface.QueuePairs
+	}
+	if len(p.users) > 0 {
+		s.socketShare = max((usernet.MaxDescriptors()-descriptorsForOthers-descriptorsPerPair*pairs)/len(p.users), 1)
+	}
+	switch {
+	case len(p.pods) > 0:
+		s.path = "packet"
+	case slices.ContainsFunc(p.users, func(n *userNIC) bool { return !n.slirp() }):
+		s.path = "socket"
+		if _, why := masqueradePath(o); why != "" {
+			s.log.Info("masquerade takes the socket path, which carries TCP, UDP and ping by ordinary sockets", "why", why)
+		}
+	}
+}
+
+const (
+	// descriptorsForOthers is how many are kept for the control socket, guests'
+	// memory and the like, descriptorsPerPair for a queue pair and its worker.
+	descriptorsForOthers = 128
+	descriptorsPerPair   = 16
+)
 
 // onStop has f called when the server stops, last come first.
 func (s *server) onStop(f func() error) {

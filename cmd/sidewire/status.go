@@ -3,7 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"net/netip"
@@ -16,10 +16,11 @@ import (
 
 	"sidewire/dhcp"
 	"sidewire/engine"
-	"sidewire/nat"
-	"sidewire/vhostuser"
-
+	"sidewire/engine/stream"
 	"sidewire/engine/uplink"
+	"sidewire/nat"
+	"sidewire/nat/usernet"
+	"sidewire/vhostuser"
 )
 
 // Status is what a running sidewire says of itself.
@@ -51,12 +52,16 @@ type InterfaceStatus struct {
 	MTU        int                 `json:"mtu"`
 	QueueCount int                 `json:"queueCount"`
 	Socket     string              `json:"socket"`
+	Model      string              `json:"model"`
 	Device     vhostuser.Status    `json:"device"`
+	Stream     *stream.Status      `json:"stream,omitempty"` // of a NIC that is not virtio; Device has its state
 	Leases     []dhcp.LeaseInfo    `json:"leases"`
 	DHCP       dhcp.Stats          `json:"dhcp"`
 	DNS        ResolverStatus      `json:"dns,omitzero"`
-	NAT        *nat.Stats          `json:"nat,omitempty"`
-	Forwards   []forwardRequest    `json:"forwards"` // null: everything
+	NAT        *nat.Stats          `json:"nat,omitempty"`     // of the packet path
+	Sockets    *usernet.Stats      `json:"sockets,omitempty"` // of the socket path
+	Policy     []string            `json:"policy,omitempty"`  // rules of the socket path, of which the first that fits decides
+	Forwards   []forwardRequest    `json:"forwards"`          // null: everything
 }
 
 // Status implements controller.
@@ -82,7 +87,19 @@ func (s *server) Status() Status {
 func (n *nic) status() InterfaceStatus {
 	st := InterfaceStatus{
 		Name: n.name(), Binding: string(n.iface.Binding), QueueCount: n.iface.QueuePairs, Socket: n.socket,
-		Device: n.device.Status(), Leases: []dhcp.LeaseInfo{},
+		Model: n.iface.Model, Leases: []dhcp.LeaseInfo{},
+	}
+	if n.stream != nil {
+		x := n.stream.Status()
+		st.Stream = &x
+		st.Device = vhostuser.Status{Name: x.Name, Path: x.Path, Pairs: []vhostuser.PairStatus{{
+			TxFrames: x.TxFrames, TxBytes: x.TxBytes, RxFrames: x.RxFrames, RxBytes: x.RxBytes, Drops: x.Drops,
+		}}, Counters: x.Counters}
+		if x.Connected {
+			st.Device.State = vhostuser.Up
+		}
+	} else {
+		st.Device = n.device.Status()
 	}
 	st.LinkState = linkState(st.Device.State)
 	if n.dhcp != nil {
@@ -129,100 +146,18 @@ func (s *server) serving() ([]served, []*lan) {
 	return s.open, s.lans
 }
 
-// Forwards implements controller.
-func (s *server) Forwards() map[string][]forwardRequest {
-	out := map[string][]forwardRequest{}
-	open, _ := s.serving()
-	for _, n := range open {
-		out[n.base().name()] = n.forwards()
-	}
-	return out
-}
-
-// forwards are the ports that are forwarded; nil is all of them.
-func (n *podNIC) forwards() []forwardRequest {
-	ports := n.pod.host.Ports(n.index)
-	if ports == nil {
-		return nil
-	}
-	out := []forwardRequest{}
-	for _, p := range ports {
-		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port})
-	}
-	return out
-}
-
-// forwards of a switch's port is everything.
-func (n *lanNIC) forwards() []forwardRequest { return nil }
-
-// AddForward implements controller.
-func (s *server) AddForward(r forwardRequest) error {
-	n, proto, err := s.find(r)
-	if err != nil {
-		return err
-	}
-	if err := n.pod.nat.AddForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port}); err != nil {
-		return fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err)
-	}
-	if err := n.pod.host.AddPort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
-		undone := n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
-		return errors.Join(fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err), undone)
-	}
-	return nil
-}
-
-// RemoveForward implements controller.
-func (s *server) RemoveForward(r forwardRequest) error {
-	n, proto, err := s.find(r)
-	if err != nil {
-		return err
-	}
-	if err := n.pod.host.RemovePort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
-		return err
-	}
-	return n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
-}
-
-// find returns the interface that a request means, which may leave it out
-// where there is one that ports are forwarded to.
-func (s *server) find(r forwardRequest) (*podNIC, uint8, error) {
-	proto, err := protoNumber(r.Protocol)
-	if err != nil {
-		return nil, 0, err
-	}
-	if r.Port == 0 {
-		return nil, 0, badInput("port 0 cannot be forwarded: give one from 1 to 65535")
-	}
-	var found []*podNIC
-	var names []string
-	open, _ := s.serving()
-	for _, n := range open {
-		pod, ok := n.(*podNIC)
-		switch {
-		case ok && (r.Interface == "" || r.Interface == pod.name()):
-			found = append(found, pod)
-		case n.base().name() == r.Interface:
-			return nil, 0, badInput("%s is on a switch: whatever is sent to the guest's own address gets there, nothing is forwarded", r.Interface)
-		}
-		if ok {
-			names = append(names, pod.name())
-		}
-	}
-	switch {
-	case len(found) != 1:
-		return nil, 0, badInput("no interface %q that ports are forwarded to; there are: %s", r.Interface, strings.Join(names, ", "))
-	case found[0].pod.host.Ports(found[0].index) == nil:
-		return nil, 0, badInput("%s has no list of ports: every port is forwarded already", found[0].name())
-	}
-	return found[0], proto, nil
-}
-
-// controlFlags are those of the commands that talk to a running sidewire.
-func controlFlags(name string, args []string, errw io.Writer) (o options, asJSON bool, rest []string, err error) {
-	fs := newFlags(name, errw)
+// registerControl adds the flags of the commands that talk to a running
+// sidewire.
+func (o *options) registerControl(fs *flag.FlagSet, asJSON *bool) {
 	fs.StringVar(&o.socketDir, "socket-dir", runtimeDir(), "`DIR` of the running sidewire")
 	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
-	fs.BoolVar(&asJSON, "json", false, "print JSON")
+	fs.BoolVar(asJSON, "json", false, "print JSON")
+}
+
+// controlFlags reads them.
+func controlFlags(name string, args []string, errw io.Writer) (o options, asJSON bool, rest []string, err error) {
+	fs := newFlags(name, errw)
+	o.registerControl(fs, &asJSON)
 	if err = parseFlags(fs, args); err != nil {
 		return o, asJSON, nil, err
 	}
@@ -260,23 +195,37 @@ func printStatus(out io.Writer, st Status) error {
 	fmt.Fprintf(w, "path\t%s\nuptime\t%s\nworkers\t%d\nmemory\t%.1f MiB\n", st.Path,
 		(time.Duration(st.Uptime) * time.Second).String(), len(st.Workers), float64(st.Memory)/(1<<20))
 	for _, i := range st.Interfaces {
-		fmt.Fprintf(w, "\n%s\t%s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.QueueCount, i.MTU)
+		fmt.Fprintf(w, "\n%s\t%s, %s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.Model, i.QueueCount, i.MTU)
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  guest\t%s, link %s, %d KiB for each queue pair\n", orElse(i.MAC, "not seen yet"), i.LinkState, pairMemory(i.Device)>>10)
 		if i.Switch != nil {
 			printPort(w, i)
 			continue
 		}
-		fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
+		fmt.Fprintf(w, "  path\t%s\n", i.Path)
+		if i.Pod.IsValid() {
+			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
+		} else {
+			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s\n", i.Guest, i.Gateway)
+		}
 		if i.Alias != nil {
 			fmt.Fprintf(w, "  \tto the pod's processes the guest is %s\n", i.Alias)
 		}
-		fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
+		if len(i.Links) > 0 {
+			fmt.Fprintf(w, "  links\t%s\n", linkList(i.Links))
+		}
 		printLeases(w, i)
 		fmt.Fprintf(w, "  names\t%s\n", i.DNS)
 		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
 		if i.NAT != nil {
 			fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
+		}
+		if n := i.Sockets; n != nil {
+			fmt.Fprintf(w, "  flows\t%d TCP, %d UDP, %d echo; %d of %d sockets\n", n.TCPOpen, n.UDPOpen, n.EchoOpen, n.Sockets, n.MaxSockets)
+			fmt.Fprintf(w, "  refused\t%d by hosts, %d by policy, %d for want of room, %d of sockets\n", n.Refused, n.PolicyDenied, n.TableFull, n.NoSocket)
+		}
+		if len(i.Policy) > 0 {
+			fmt.Fprintf(w, "  policy\t%s\n", strings.Join(i.Policy, " "))
 		}
 	}
 	for _, sw := range st.Switches {
@@ -330,59 +279,6 @@ func linkList(links []uplink.LinkStatus) string {
 	return strings.Join(out, ", ")
 }
 
-func forwardList(fs []forwardRequest) string {
-	switch {
-	case fs == nil:
-		return "everything"
-	case len(fs) == 0:
-		return "none"
-	}
-	var out []string
-	for _, f := range fs {
-		out = append(out, fmt.Sprintf("%s:%d", strings.ToLower(f.Protocol), f.Port))
-	}
-	return strings.Join(out, " ")
-}
-
-// forwardCommand lists, adds or removes forwarded ports.
-func forwardCommand(ctx context.Context, args []string, out, errw io.Writer) error {
-	o, asJSON, rest, err := controlFlags("forward", args, errw)
-	if err != nil {
-		return err
-	}
-	if len(rest) == 0 {
-		rest = []string{"list"}
-	}
-	method, what := "GET", rest[0]
-	var body any
-	switch what {
-	case "list":
-		if len(rest) > 1 {
-			return badInput("unexpected argument %q", rest[1])
-		}
-	case "add", "remove":
-		r, err := parseForward(rest[1:])
-		if err != nil {
-			return err
-		}
-		body = r
-		method = map[string]string{"add": "POST", "remove": "DELETE"}[what]
-	default:
-		return badInput("%q: want list, add or remove", what)
-	}
-	var fwds map[string][]forwardRequest
-	if err := ask(ctx, o.controlPath(), method, "/forwards", body, &fwds); err != nil {
-		return err
-	}
-	if asJSON {
-		return json.NewEncoder(out).Encode(fwds)
-	}
-	for _, name := range sortedKeys(fwds) {
-		fmt.Fprintf(out, "%s %s\n", name, forwardList(fwds[name]))
-	}
-	return nil
-}
-
 func sortedKeys[V any](m map[string]V) []string {
 	var ks []string
 	for k := range m {
@@ -390,27 +286,4 @@ func sortedKeys[V any](m map[string]V) []string {
 	}
 	sort.Strings(ks)
 	return ks
-}
-
-// parseForward reads [VMI/INTERFACE] PROTO:PORT.
-func parseForward(args []string) (r forwardRequest, err error) {
-	if len(args) == 2 {
-		r.Interface, args = args[0], args[1:]
-	}
-	if len(args) != 1 {
-		return r, badInput("want [VMI/INTERFACE] PROTO:PORT, such as tcp:8080")
-	}
-	proto, port, ok := strings.Cut(args[0], ":")
-	if !ok {
-		proto, port = "tcp", args[0]
-	}
-	n, err := strconv.ParseUint(port, 10, 16)
-	if err != nil || n == 0 {
-		return r, badInput("port %q: want a number from 1 to 65535", port)
-	}
-	if _, err := protoNumber(proto); err != nil {
-		return r, err
-	}
-	r.Protocol, r.Port = strings.ToUpper(proto), uint16(n)
-	return r, nil
 }

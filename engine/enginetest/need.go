@@ -31,7 +31,7 @@ var needs = map[string]func() error{
 
 // programs are needs that are just a program of that name.
 var programs = []string{
-	"dhclient", "curl", "iperf3", "ping", "dig", "tcpdump", "ethtool", "passt", "socat", "nc", "ip", "go",
+	"dhclient", "curl", "iperf3", "ping", "dig", "tcpdump", "ethtool", "passt", "socat", "nc", "ip", "go", "setpriv",
 }
 
 func init() {

@@ -1,6 +1,7 @@
 package vmi
 
 import (
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -23,12 +24,12 @@ var guide = []struct {
 	{file: "03-ovs-vm", vmis: 1, unsupported: []string{"spec.networks[1].multus.networkName"}},
 	{file: "04-default-nad"},
 	{file: "05-default-vm", vmis: 1, unsupported: []string{"spec.networks[0].multus.default"}},
-	{file: "06-e1000-ports", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].model"}},
+	{file: "06-e1000-ports", vmis: 1},
 	{file: "07-tuning-nad"},
 	{file: "08-no-autoattach", vmis: 1},
 	{file: "09-bridge", vmis: 1, unsupported: []string{"spec.networks[0].multus.networkName"}},
 	{file: "10-forbid-bridge"},
-	{file: "11-slirp", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].slirp"}},
+	{file: "11-slirp", vmis: 1},
 	{file: "12-masquerade", vmis: 1},
 	{file: "13-dual-stack", vmis: 1},
 	{file: "14-multiqueue", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces"}},
@@ -95,6 +96,12 @@ func TestGuideValues(t *testing.T) {
 
 	vm = Plan(load("12-masquerade"))[0]
 	assert.Equal(t, []Port{{"", "TCP", 80}}, vm.Interfaces[0].Ports)
+
+	red := Plan(load("11-slirp"))[0].Interfaces[0]
+	assert.Equal(t, Slirp, red.Binding)
+	assert.Equal(t, "e1000", red.Model)
+	assert.Equal(t, "10.0.2.15 10.0.2.2 10.0.2.3", fmt.Sprint(red.Network.Guest, " ", red.Network.Gateway, " ", red.Network.DNS))
+	assert.Equal(t, "e1000", Plan(load("06-e1000-ports"))[0].Interfaces[0].Model)
 
 	nad := load("20-macvtap-nad").NADs[0]
 	assert.Equal(t, "macvtap", nad.Type, "the missing comma is put in")

@@ -2,6 +2,7 @@ package vmi
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"net"
@@ -57,8 +58,9 @@ type Network struct {
 	Lease       *Lease // what the definition's ipam gives the guest, nil for nothing
 
 	CIDR, CIDR6       netip.Prefix // host bits masked
-	Gateway, Gateway6 netip.Addr   // base + 1
-	Guest, Guest6     netip.Addr   // base + 2
+	Gateway, Gateway6 netip.Addr   // base + 1; slirp: base + 2
+	Guest, Guest6     netip.Addr   // base + 2; slirp: base + 15
+	DNS               netip.Addr   // slirp: base + 3
 }
 
 // Port is one port that belongs to the guest.
@@ -147,6 +149,9 @@ func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
 	}
 	if p.Model == "" {
 		p.Model = "virtio"
+		if p.Binding == Slirp {
+			p.Model = "e1000" // KubeVirt's
+		}
 	}
 	if p.State == "" {
 		p.State = "up"
@@ -171,6 +176,9 @@ func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
 	for i := range s.Networks {
 		if s.Networks[i].Name == f.Name {
 			p.Network, p.NetworkNumber = s.Networks[i].plan(), i
+			if p.Binding == Slirp {
+				p.Network.slirp()
+			}
 			break
 		}
 		if m := s.Networks[i].Multus; m != nil && !m.Default {
@@ -202,6 +210,24 @@ func (n *NetworkSpec) plan() Network {
 		w.CIDR6, w.Gateway6, w.Guest6 = p, gatewayOf(p), guestOf(p)
 	}
 	return w
+}
+
+// slirp makes the IPv4 addresses those that QEMU's user networking has in a network: 0.0.2.2, 0.0.2.3 and 0.0.2.15 as
+// far as the mask leaves room. Where the last would be the broadcast address the guest has the one before, and in a /30
+// the gateway is the DNS server too.
+func (w *Network) slirp() {
+	if !w.CIDR.IsValid() {
+		return
+	}
+	hosts := uint32(1)<<(32-w.CIDR.Bits()) - 1
+	base := w.CIDR.Addr().As4()
+	at := func(n uint32) netip.Addr {
+		return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, binary.BigEndian.Uint32(base[:])|n)))
+	}
+	w.Gateway, w.DNS, w.Guest = at(0x0202&hosts), at(0x0203&hosts), at(min(0x020f&hosts, hosts-1))
+	if hosts == 3 {
+		w.Guest, w.DNS = at(1), w.Gateway
+	}
 }
 
 func (d *DHCPSpec) plan() DHCPOptions {

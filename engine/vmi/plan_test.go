@@ -1,6 +1,7 @@
 package vmi
 
 import (
+	"fmt"
 	"math"
 	"net"
 	"net/netip"
@@ -109,6 +110,31 @@ func TestQueuePairs(t *testing.T) {
 	assert.Equal(t, 3, one("virtio", "3"))
 	assert.Equal(t, 1, one("e1000", "3"))
 	assert.Equal(t, 128, one("virtio", "200"))
+}
+
+// Slirp's addresses are those of QEMU's user networking, in any network that a guest may have.
+func TestSlirpAddresses(t *testing.T) {
+	for cidr, want := range map[string]string{
+		"":                "10.0.2.15 10.0.2.2 10.0.2.3",
+		"192.168.76.0/24": "192.168.76.15 192.168.76.2 192.168.76.3",
+		"10.0.0.0/8":      "10.0.2.15 10.0.2.2 10.0.2.3",
+		"172.16.0.0/12":   "172.16.2.15 172.16.2.2 172.16.2.3",
+		"10.1.2.128/27":   "10.1.2.143 10.1.2.130 10.1.2.131",
+		"10.1.2.16/28":    "10.1.2.30 10.1.2.18 10.1.2.19",
+		"10.1.2.8/29":     "10.1.2.14 10.1.2.10 10.1.2.11",
+		"10.1.2.4/30":     "10.1.2.5 10.1.2.6 10.1.2.6",
+	} {
+		n := planOne(t, "kind: VM\nspec: {domain: {devices: {interfaces: [{name: a, slirp: {}}]}}, networks: [{name: a, pod: {vmNetworkCIDR: '"+cidr+"'}}]}").Interfaces[0].Network
+		assert.Equal(t, want, fmt.Sprint(n.Guest, " ", n.Gateway, " ", n.DNS), cidr)
+	}
+}
+
+// The NIC of a slirp interface is an e1000 unless the VMI says otherwise.
+func TestSlirpModel(t *testing.T) {
+	for model, want := range map[string]string{"": "e1000", "virtio": "virtio", "rtl8139": "rtl8139"} {
+		i := planOne(t, "kind: VM\nspec: {domain: {devices: {interfaces: [{name: a, slirp: {}, model: '"+model+"'}]}}, networks: [{name: a, pod: {}}]}").Interfaces[0]
+		assert.Equal(t, want, i.Model)
+	}
 }
 
 func TestQuantity(t *testing.T) {

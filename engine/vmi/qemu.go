@@ -60,13 +60,13 @@ type QEMUOptions struct {
 // maxSocketPath is what sun_path holds before its final NUL.
 const maxSocketPath = 107
 
-// SocketPath is the interface's vhost-user socket: DIR/VMI/INTERFACE.sock.
+// SocketPath is the interface's socket, of vhost-user or of a stream: DIR/VMI/INTERFACE.sock.
 func (i Interface) SocketPath(dir string) string {
 	return filepath.Join(dir, i.VM, i.Name+".sock")
 }
 
-// QEMUArgs gives the arguments that a QEMU needs to run a VM on our ports: memory, processors, and a chardev, a
-// netdev and a device for each interface. Each element is one argument. The notes are lines for a person: what was
+// QEMUArgs gives the arguments that a QEMU needs to run a VM on our ports: memory, processors, and a netdev and a
+// device for each interface, with a chardev for those that are virtio. Each element is one argument. The notes are lines for a person: what was
 // left out or is needed besides. Machine type and accelerator are the caller's; interfaces with a PCI address need q35.
 func QEMUArgs(vm VM, o QEMUOptions) (args, notes []string, err error) {
 	b := &qemuArgs{o: o}
@@ -131,12 +131,15 @@ func (b *qemuArgs) machine(vm VM) {
 func (b *qemuArgs) add(i Interface) error {
 	path := i.SocketPath(b.o.SocketDir)
 	switch {
-	case i.Model != "virtio":
-		return fmt.Errorf("vhost-user carries virtio only, not model %s", i.Model)
 	case len(path) > maxSocketPath:
 		return fmt.Errorf("socket path %s is longer than %d bytes; choose a shorter --socket-dir", path, maxSocketPath)
 	case strings.ContainsFunc(path, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return errors.New("control character in the socket's path; choose another --socket-dir")
+	}
+	if i.Model != "virtio" {
+		b.arg("-netdev", "stream,id=net-"+i.Name+b.stream()+",addr.type=unix,addr.path="+escape(path))
+		b.arg("-device", strings.Join(b.place(i, []string{i.Model, "id=nic-" + i.Name, "netdev=net-" + i.Name}), ","))
+		return nil
 	}
 	b.arg("-chardev", "socket,id=char-"+i.Name+",path="+escape(path)+b.connect())
 	netdev := "vhost-user,id=net-" + i.Name + ",chardev=char-" + i.Name
@@ -146,6 +149,20 @@ func (b *qemuArgs) add(i Interface) error {
 	b.arg("-netdev", netdev)
 	b.arg("-device", b.device(i))
 	return nil
+}
+
+// stream is who dials, and whether again, for a NIC that is not virtio.
+func (b *qemuArgs) stream() string {
+	switch v := b.o.Version; {
+	case b.o.Client:
+		return ",server=on"
+	case v.Less(8, 0):
+		b.note("netdev stream: QEMU before 8.0 does not dial again when sidewire was restarted: use --mode client, or QEMU 8 or later")
+		return ",server=off"
+	case v.Less(9, 2):
+		return ",server=off,reconnect=1"
+	}
+	return ",server=off,reconnect-ms=100"
 }
 
 // connect: sidewire may be restarted, so QEMU tries again for ever. The option's old name went away after 9.2 brought
@@ -163,7 +180,7 @@ func (b *qemuArgs) connect() string {
 	return ",reconnect-ms=100"
 }
 
-// device: a transitional device is what iPXE boots from; without a boot order the ROM is off, as KubeVirt has it.
+// device: a transitional device is what iPXE boots from.
 func (b *qemuArgs) device(i Interface) string {
 	d := []string{"virtio-net-pci", "id=nic-" + i.Name, "netdev=net-" + i.Name}
 	add := func(format string, args ...any) { d = append(d, fmt.Sprintf(format, args...)) }
@@ -194,6 +211,16 @@ func (b *qemuArgs) device(i Interface) string {
 	} else {
 		add("disable-legacy=on")
 	}
+	i.MAC = nil // it has its place already
+	return strings.Join(b.place(i, d), ",")
+}
+
+// place adds what every NIC may have to a device: without a boot order the ROM is off, as KubeVirt has it.
+func (b *qemuArgs) place(i Interface, d []string) []string {
+	add := func(format string, args ...any) { d = append(d, fmt.Sprintf(format, args...)) }
+	if i.MAC != nil {
+		add("mac=%s", i.MAC)
+	}
 	if i.BootOrder > 0 {
 		add("bootindex=%d", i.BootOrder)
 	} else {
@@ -206,7 +233,7 @@ func (b *qemuArgs) device(i Interface) string {
 		add("bus=%s,addr=%02x.%x", busName(a.Bus), a.Slot, a.Function)
 		add("multifunction=on")
 	}
-	return strings.Join(d, ",")
+	return d
 }
 
 // escape doubles the commas of a value in a QEMU option.

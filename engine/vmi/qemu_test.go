@@ -75,7 +75,6 @@ func TestQEMUArgsRefused(t *testing.T) {
 		dir    string
 		want   string
 	}{
-		{func(i *Interface) { i.Model = "e1000" }, "/x", `interface "red": vhost-user carries virtio only, not model e1000`},
 		{func(i *Interface) {}, "/" + strings.Repeat("x", 100), `interface "red": socket path /` + strings.Repeat("x", 100) + `/v/red.sock is longer than 107 bytes; choose a shorter --socket-dir`},
 		{func(i *Interface) {}, "/x\ny", `interface "red": control character in the socket's path; choose another --socket-dir`},
 		{func(i *Interface) { i.PCIAddress = &PCIAddress{Domain: 1} }, "/x", `interface "red": PCI address 0001:00:00.0: no guest has it; use domain 0000 and a slot of 01 to 1f`},
@@ -85,6 +84,32 @@ func TestQEMUArgsRefused(t *testing.T) {
 		_, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: c.dir})
 		assert.EqualError(t, err, c.want)
 	}
+}
+
+// A NIC that is not virtio speaks over a stream.
+func TestQEMUArgsStream(t *testing.T) {
+	vm := masqueradeVM()
+	i := &vm.Interfaces[0]
+	i.Model, i.MAC = "e1000", net.HardwareAddr{0xde, 0xad, 0, 0, 0xbe, 0xaf}
+	for netdev, o := range map[string]QEMUOptions{
+		"server=off":                  {Version: QEMUVersion{7, 2}, KVM: true},
+		"server=off,reconnect=1":      {Version: QEMUVersion{9, 1}},
+		"server=off,reconnect-ms=100": {Version: QEMUVersion{10, 0}, MTU: func(Interface) int { return 1450 }, Packed: true},
+		"server=on":                   {Version: QEMUVersion{7, 2}, Client: true},
+	} {
+		o.SocketDir = "/a,b"
+		args, notes, err := QEMUArgs(vm, o)
+		require.NoError(t, err)
+		assert.Equal(t, []string{
+			"-netdev", "stream,id=net-red," + netdev + ",addr.type=unix,addr.path=/a,,b/v/red.sock",
+			"-device", "e1000,id=nic-red,netdev=net-red,mac=de:ad:00:00:be:af,romfile=",
+		}, args[8:])
+		assert.Equal(t, netdev == "server=off", len(notes) == 1, notes)
+	}
+	i.Model, i.MAC, i.BootOrder, i.ACPIIndex, i.PCIAddress = "rtl8139", nil, 1, 5, &PCIAddress{Slot: 7}
+	args, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: "/x", Version: QEMUVersion{10, 0}})
+	require.NoError(t, err)
+	assert.Equal(t, "rtl8139,id=nic-red,netdev=net-red,bootindex=1,acpi-index=5,bus=pcie.0,addr=07.0,multifunction=on", args[len(args)-1])
 }
 
 func TestQEMUVersion(t *testing.T) {
@@ -191,6 +216,11 @@ spec:
       - {name: next, bridge: {}, pciAddress: '0000:82:00.0'}
       - {name: slot, bridge: {}, pciAddress: '0000:05:02.0'}
       - {name: root, bridge: {}, pciAddress: '0000:00:07.0'}
+      - {name: old, bridge: {}, model: e1000, bootOrder: 2, pciAddress: '0000:00:08.0'}
+      - {name: older, bridge: {}, model: rtl8139, macAddress: 02:00:00:00:00:0b, pciAddress: '0000:00:09.0'}
+      - {name: pcnet, bridge: {}, model: pcnet, pciAddress: '0000:00:0a.0'}
+      - {name: ne2k, bridge: {}, model: ne2k_pci, pciAddress: '0000:00:0b.0'}
+      - {name: newer, bridge: {}, model: e1000e, pciAddress: '0000:00:0c.0'}
   networks:
   - {name: any, multus: {networkName: x}}
   - {name: far, pod: {}}
@@ -198,6 +228,11 @@ spec:
   - {name: next, multus: {networkName: x}}
   - {name: slot, multus: {networkName: x}}
   - {name: root, multus: {networkName: x}}
+  - {name: old, multus: {networkName: x}}
+  - {name: older, multus: {networkName: x}}
+  - {name: pcnet, multus: {networkName: x}}
+  - {name: ne2k, multus: {networkName: x}}
+  - {name: newer, multus: {networkName: x}}
 `))
 	require.NoError(t, err)
 	require.Empty(t, Validate(docs, Options{}))
@@ -231,7 +266,8 @@ spec:
 	require.NoError(t, cmd.Start())
 	t.Cleanup(func() { cancel(); _ = cmd.Wait() })
 
-	want := map[string]string{"nic-far": "81:00.1", "nic-near": "01:00.0", "nic-next": "82:00.0", "nic-slot": "05:02.0", "nic-root": "00:07.0"}
+	want := map[string]string{"nic-far": "81:00.1", "nic-near": "01:00.0", "nic-next": "82:00.0", "nic-slot": "05:02.0", "nic-root": "00:07.0",
+		"nic-old": "00:08.0", "nic-older": "00:09.0", "nic-pcnet": "00:0a.0", "nic-ne2k": "00:0b.0", "nic-newer": "00:0c.0"}
 	got := map[string]string{}
 	replies := bufio.NewScanner(out)
 	replies.Buffer(nil, 1<<20)

@@ -48,7 +48,7 @@ func Unsupported(docs Docs) []Fault {
 func unsupportedInterface(f *InterfaceSpec, at string, multus bool, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
-		case Masquerade:
+		case Masquerade, Slirp:
 		case Bridge:
 			if !multus {
 				say(at+".bridge", "a bridge on the pod network; use masquerade: {}, or a Multus network")
@@ -58,9 +58,6 @@ func unsupportedInterface(f *InterfaceSpec, at string, multus bool, say func(fie
 		default:
 			say(at+"."+string(b), "binding %s; use masquerade: {}", b)
 		}
-	}
-	if f.Model != "" && f.Model != "virtio" {
-		say(at+".model", "model %s; use virtio", f.Model)
 	}
 	if f.PortRanges > 0 {
 		say(at+".portRanges", "port ranges; list the ports")

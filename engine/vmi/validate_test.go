@@ -381,11 +381,10 @@ func TestAcross(t *testing.T) {
 }
 
 func TestUnsupported(t *testing.T) {
-	docs, err := Parse("v.yaml", []byte(two("name: a\npasstBinding: {}\nmodel: e1000\nstate: down", "name: b\nbinding: {name: p}\nportRanges: [{start: 1, end: 2, protocol: TCP}]", podA, mulB)))
+	docs, err := Parse("v.yaml", []byte(two("name: a\npasstBinding: {}\nstate: down", "name: b\nbinding: {name: p}\nportRanges: [{start: 1, end: 2, protocol: TCP}]", podA, mulB)))
 	require.NoError(t, err)
 	assert.Equal(t, []string{
 		i0 + ".passtBinding: not supported yet: binding passtBinding; use masquerade: {}",
-		i0 + ".model: not supported yet: model e1000; use virtio",
 		i0 + ".state: not supported yet: state down; use up",
 		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
 		i1 + ".portRanges: not supported yet: port ranges; list the ports",

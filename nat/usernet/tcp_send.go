@@ -100,8 +100,8 @@ func (w *worker) openWindow(fl *flow) {
 	// A buffer's bookkeeping counts too, so not all that is free is for data.
 	free := (int64(m.sndbuf) - int64(m.wmemQueued)) * 3 / 4
 	wnd := uint32(max(0, min(free, 0xffff<<fl.oscale)))
-	if wnd < uint32(fl.mss) {
-		wnd = 0 // RFC 9293, 3.8.6.2.2: silly windows
+	if wnd < min(uint32(fl.mss), m.sndbuf/4) {
+		wnd = 0 // RFC 9293, 3.8.6.2.2: silly windows; a buffer may be smaller than a segment
 	}
 	if int32(left) > 0 && wnd < left {
 		wnd = left // it was promised

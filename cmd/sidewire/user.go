@@ -1,0 +1,349 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sidewire/dhcp"
+	"sidewire/engine/frame"
+	"sidewire/engine/uplink"
+	"sidewire/engine/vmi"
+	"sidewire/nat/usernet"
+)
+
+// slirpLease is how long QEMU's user networking leases its address.
+const slirpLease = 24 * time.Hour
+
+// userNIC is an interface whose guest reaches the network by ordinary sockets
+// of ours: slirp, and the socket path of masquerade.
+type userNIC struct {
+	nic
+	netns string
+	link  string     // the pod network's, which gives the MTU
+	pod   netip.Addr // its address, not valid if it has none
+	mtu   int
+	ports []usernet.Forward // that the VMI and the flags ask for
+
+	net  *usernet.Net
+	host frame.PortID // what the host's sockets have for the guest
+	dns  *resolver
+}
+
+// hostSide is the engine's port of the host's sockets. They bring frames; what
+// goes to them ends in the guest's port's stage.
+type hostSide struct{}
+
+// Push implements engine.Port.
+func (hostSide) Push(_ int, fs []*frame.Frame) {
+	for _, f := range fs {
+		f.Drop(frame.NoRoute)
+	}
+}
+
+func (p *plan) addUser(o *options, n nic) {
+	g := &userNIC{nic: n, netns: netnsOf(o, n.vm), link: o.uplinkOf(n.iface.Name)}
+	p.all = append(p.all, g)
+	p.users = append(p.users, g)
+}
+
+// slirp says whether the binding is slirp, not masquerade.
+func (n *userNIC) slirp() bool { return n.iface.Binding == vmi.Slirp }
+
+// gatewayMAC is KubeVirt's for masquerade. QEMU's user networking makes its own
+// of the gateway's address.
+func (n *userNIC) gatewayMAC() frame.MAC {
+	if !n.slirp() {
+		return uplink.GatewayMAC
+	}
+	a := n.iface.Network.Gateway.As4()
+	return frame.MAC{0x52, 0x55, a[0], a[1], a[2], a[3]}
+}
+
+// resolverAddr is where the guest finds the relay.
+func (n *userNIC) resolverAddr() netip.Addr {
+	if n.slirp() {
+		return n.iface.Network.DNS
+	}
+	return n.iface.Network.Gateway
+}
+
+// open builds the interface up. What it built is taken down with the server;
+// stopEngine must have run before the ports' memory and sockets go.
+func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
+	if err := uplink.InNetNS(n.netns, func() error { n.inspect(o); return nil }); err != nil {
+		if errors.Is(err, uplink.ErrPrivilege) {
+			return cannot("%w: start it in the pod's namespace and without --netns, or grant it with: setcap cap_sys_admin+ep sidewire", err)
+		}
+		return machineError{err}
+	}
+	learn := func(m frame.MAC) { n.net.LearnMAC(m) }
+	if err := n.nic.open(s, o, n.mtu, 0, learn); err != nil {
+		return err
+	}
+	var err error
+	n.dns, err = newResolver(o, relayPlace{
+		netns: n.netns, at: netip.AddrPortFrom(loopback, 0), allow: netip.PrefixFrom(loopback, 32),
+		shown: n.resolverAddr(), leased: n.slirp(), inside: n.iface.Network.CIDR,
+	}, s.log.With("interface", n.name()))
+	if err != nil {
+		return err
+	}
+	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
+		return inputError{err}
+	}
+	if n.host, err = s.engine.AddPort(n.name()+" sockets", hostSide{}); err != nil {
+		return err
+	}
+	workers := n.assign(s)
+	if err := n.openNet(ctx, s, o, workers); err != nil {
+		return err
+	}
+	// The workers stop before anything of this is closed.
+	s.onStop(stopEngine)
+	if err := n.wire(s, workers); err != nil {
+		return err
+	}
+	if err := n.publish(s, o); err != nil {
+		return err
+	}
+	n.resolve(ctx, s, o)
+	return n.listen(ctx, s)
+}
+
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+// inspect looks at the pod network's link, which need not be there.
+func (n *userNIC) inspect(o *options) {
+	n.mtu = userMTU(o, "", n.link, n.slirp())
+	l, err := netlink.LinkByName(n.link)
+	if err != nil {
+		return
+	}
+	addrs, _ := netlink.AddrList(l, netlink.FAMILY_V4)
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip.IsGlobalUnicast() && !n.pod.IsValid() {
+			n.pod = ip
+		}
+	}
+}
+
+// userMTU is the MTU of a guest's link: what the flag says, else that of the
+// pod's link, as KubeVirt has it, or QEMU's for slirp. No frame of the guest's
+// leaves as it is, so it may be anything.
+func userMTU(o *options, netns, link string, slirp bool) int {
+	mtu := defaultMTU
+	if o.mtu != 0 {
+		return o.mtu
+	}
+	if !slirp {
+		_ = uplink.InNetNS(netns, func() error {
+			l, err := netlink.LinkByName(link)
+			if err == nil {
+				mtu = min(max(l.Attrs().MTU, 576), 65535)
+			}
+			return err
+		})
+	}
+	return mtu
+}
+
+// openNet makes the guest's network.
+func (n *userNIC) openNet(ctx context.Context, s *server, o *options, workers []int) error {
+	udp, tcp, err := n.dns.early(ctx)
+	if err != nil {
+		return cannot("DNS relay: %w", err)
+	}
+	at := netip.AddrPortFrom(n.resolverAddr(), dnsPort)
+	c := usernet.Config{
+		Name: n.name(), Port: n.port, Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway, Prefix: n.iface.Network.CIDR,
+		MAC: n.mac(), GatewayMAC: n.gatewayMAC(), MTU: n.mtu, Workers: s.engine.Workers(),
+		Services: []usernet.Service{{Proto: frame.ProtoUDP, Addr: at, To: udp}, {Proto: frame.ProtoTCP, Addr: at, To: tcp}},
+		Loopback: !o.noHostLoopback, GatewaySource: n.slirp(), Ping: !n.slirp() || o.slirpPing, Policy: o.policy(),
+		MaxSockets: s.socketShare, Log: s.log.With("interface", n.name()),
+	}
+	for i, w := range workers {
+		p := usernet.Pair{Worker: w}
+		if n.device != nil {
+			p.Room = n.device.Reserver(i)
+		}
+		c.Pairs = append(c.Pairs, p)
+	}
+	if n.netns != "" {
+		f, err := os.Open(n.netns)
+		if err != nil {
+			return cannot("network namespace: %w; name the pod's with --netns", err)
+		}
+		s.onStop(f.Close)
+		c.NetNS = int(f.Fd())
+	}
+	if n.net, err = usernet.New(c); err != nil {
+		return cannot("%w", err)
+	}
+	s.onStop(n.net.Close)
+	return nil
+}
+
+// wire gives stages and workers to the ports. Only the workers of the guest's
+// queue pairs look after its sockets.
+func (n *userNIC) wire(s *server, workers []int) error {
+	s.engine.SetStages(n.port, n.dhcp, n.net)
+	workers = slices.Clone(workers)
+	n.attachTo(s, workers)
+	slices.Sort(workers)
+	for _, w := range slices.Compact(workers) {
+		q := n.net.Queue(w)
+		if err := q.SetWatcher(s.engine.Worker(w)); err != nil {
+			return machineError{err}
+		}
+		s.engine.AddQueue(n.host, q, w)
+	}
+	return nil
+}
+
+// publish forwards the ports that the VMI and the flags ask for, and says what
+// is not.
+func (n *userNIC) publish(s *server, o *options) error {
+	for _, f := range n.ports {
+		if err := n.net.AddForward(f); err != nil {
+			if errors.Is(err, unix.EACCES) {
+				err = fmt.Errorf("%w, or another port that leads there: --forward PORT:%d", err, f.Guest)
+			}
+			return cannot("%w", err)
+		}
+	}
+	if n.slirp() || len(n.iface.Ports) > 0 {
+		return nil
+	}
+	log := s.log.With("interface", n.name())
+	if len(n.ports) == 0 {
+		log.Warn("no ports are listed, which means all, but without CAP_NET_ADMIN and CAP_NET_RAW none of them reaches the guest from outside: list ports, or name some with --forward")
+		return nil
+	}
+	log.Warn("no ports are listed, which means all, but without CAP_NET_ADMIN and CAP_NET_RAW only these reach the guest from outside; other ports, and other protocols than TCP and UDP, do not",
+		"ports", forwardList(n.forwards()))
+	return nil
+}
+
+// resolve lets the guest's names be resolved, by whom the pod's are.
+func (n *userNIC) resolve(ctx context.Context, s *server, o *options) {
+	ctx, cancel := context.WithCancel(ctx)
+	wait := n.dns.run(ctx, func() {
+		if err := n.dhcp.Update(n.dhcpConfig(o)); err != nil {
+			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
+		}
+	})
+	s.onStop(func() error {
+		cancel()
+		wait()
+		return nil
+	})
+}
+
+// dhcpConfig is what the guest is leased.
+func (n *userNIC) dhcpConfig(o *options) dhcp.Config {
+	net, resolv := n.iface.Network, n.dns.config()
+	servers, _ := n.dns.servers(resolv)
+	c := dhcp.Config{
+		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
+		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: n.gatewayMAC(),
+		DNS: servers, Search: resolv.SearchDomains(n.vm.Subdomain), MTU: n.mtu,
+		OnLease: func(m frame.MAC) { n.net.LearnMAC(m) },
+	}
+	if n.slirp() {
+		c.LeaseTime = slirpLease
+	}
+	n.leaseOptions(&c, o)
+	return c
+}
+
+func (n *userNIC) status(*server) InterfaceStatus {
+	st := n.nic.status()
+	net := n.net.Stats()
+	st.Path, st.Link, st.Pod, st.MTU = "socket", n.link, n.pod, n.mtu
+	st.Guest, st.Gateway = n.iface.Network.Guest, n.iface.Network.Gateway
+	if m := n.net.MAC(); m != (frame.MAC{}) {
+		st.MAC = m.String()
+	}
+	st.DNS, st.Sockets, st.Forwards = n.dns.status(), &net, n.forwards()
+	for _, r := range n.net.Policy().Rules {
+		st.Policy = append(st.Policy, r.String())
+	}
+	return st
+}
+
+func (n *userNIC) forwards() []forwardRequest {
+	out := []forwardRequest{}
+	for _, f := range n.net.Forwards() {
+		r := forwardRequest{Protocol: protoName(f.Proto), Address: f.Addr, Port: f.Port}
+		if f.Guest != f.Port {
+			r.Guest = f.Guest
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+func (n *userNIC) addForward(r forwardRequest, proto uint8) error {
+	return n.net.AddForward(r.user(proto))
+}
+
+func (n *userNIC) removeForward(r forwardRequest, proto uint8) error {
+	if r.Guest == 0 {
+		// The host's port is enough to know which.
+		for _, f := range n.net.Forwards() {
+			if f.Proto == proto && f.Port == r.Port && f.Addr == r.Address {
+				return n.net.RemoveForward(f)
+			}
+		}
+	}
+	return n.net.RemoveForward(r.user(proto))
+}
+
+// user is a forward as usernet has it.
+func (r forwardRequest) user(proto uint8) usernet.Forward {
+	f := usernet.Forward{Proto: proto, Addr: r.Address, Port: r.Port, Guest: r.Guest}
+	if f.Guest == 0 {
+		f.Guest = f.Port
+	}
+	return f
+}
+
+// masqueradePath is the way out of masquerade: what the flag says, else packet
+// where we may and socket where we may not. why says what is missing for packet.
+func masqueradePath(o *options) (path, why string) {
+	if o.path != "auto" {
+		return o.path, ""
+	}
+	var missing []string
+	for _, c := range []struct {
+		bit  uint
+		name string
+	}{{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"}, {unix.CAP_NET_RAW, "CAP_NET_RAW"}} {
+		if !hasCapability(c.bit) {
+			missing = append(missing, c.name)
+		}
+	}
+	if len(missing) == 0 {
+		return "packet", ""
+	}
+	return "socket", strings.Join(missing, " and ") + " missing"
+}
+
+// hasCapability says whether this process has a capability (capabilities(7)).
+func hasCapability(c uint) bool {
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&head, &data[0]) != nil {
+		return false
+	}
+	return data[c/32].Effective&(1<<(c%32)) != 0
+}
