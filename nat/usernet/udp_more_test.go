@@ -168,27 +168,37 @@ func TestTTLAndTOS(t *testing.T) {
 	require.NoError(t, rc.Control(func(fd uintptr) {
 		require.NoError(t, unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_RECVTOS, 1))
 	}))
-	var from net.Addr
-	for _, x := range []struct{ ttl, tos uint8 }{{64, 0}, {64, 0xb8}, {7, 0xb9}, {255, 2}, {64, 0}} {
-		ip := to(outsideIP)
-		ip.TTL, ip.TOS = x.ttl, x.tos
-		p.send(enginetest.UDPFrame(toRouter, ip, enginetest.UDP{Src: 6104, Dst: portOf(host)}, []byte("x")))
+	hear := func() (ttl, tos uint8, from net.Addr) {
+		t.Helper()
 		b, oob := make([]byte, 10), make([]byte, 100)
 		require.NoError(t, host.SetReadDeadline(time.Now().Add(patience)))
 		_, n, _, by, err := host.(*net.UDPConn).ReadMsgUDP(b, oob)
 		require.NoError(t, err)
-		from = by
-		got := map[int32]uint8{}
 		for rest := oob[:n]; ; {
 			_, typ, d, more, ok := nextControl(rest)
-			if !ok {
-				break
+			switch {
+			case !ok:
+				return ttl, tos, by
+			case typ == unix.IP_TTL:
+				ttl = d[0]
+			case typ == unix.IP_TOS:
+				tos = d[0]
 			}
-			got[typ] = d[0]
 			rest = more
 		}
-		assert.Equal(t, map[int32]uint8{unix.IP_TTL: x.ttl - 1, unix.IP_TOS: x.tos}, got)
-
+	}
+	cases := []struct{ ttl, tos uint8 }{{64, 0}, {64, 0xb8}, {64, 0xb8}, {7, 0xb9}, {255, 2}, {64, 0}}
+	var frames [][]byte
+	for _, x := range cases {
+		ip := to(outsideIP)
+		ip.TTL, ip.TOS = x.ttl, x.tos
+		frames = append(frames, enginetest.UDPFrame(toRouter, ip, enginetest.UDP{Src: 6104, Dst: portOf(host)}, []byte("x")))
+	}
+	p.send(frames...)
+	p.consumed()
+	for _, x := range cases {
+		ttl, tos, from := hear()
+		assert.Equal(t, []uint8{x.ttl - 1, x.tos}, []uint8{ttl, tos})
 		require.NoError(t, c.SetTTL(int(x.ttl)))
 		require.NoError(t, c.SetTOS(int(x.tos)))
 		_, err = host.WriteTo([]byte("y"), from)
