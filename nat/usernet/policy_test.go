@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
+	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
 )
 
@@ -160,4 +161,21 @@ func FuzzParseRule(f *testing.F) {
 		require.NoError(t, err, r.String())
 		require.Equal(t, r, again)
 	})
+}
+
+// TCP and UDP heed rules about the gateway by its own address and by the one
+// that it stands for.
+func TestPolicyOfTheGateway(t *testing.T) {
+	for _, rule := range []string{"deny=10.0.2.2", "deny=127.0.0.1", "deny=any:7000"} {
+		w := newWorld(t, func(c *Config) { c.Policy = policyOf(t, false, rule) })
+		for _, b := range [][]byte{
+			tcpTo(gateway(7000), enginetest.TCP{Src: 40000, Seq: 1, Flags: enginetest.SYN}, ""), udpTo(40000, gateway(7000), "hello"),
+		} {
+			as := w.send(b)
+			w.dropped(frame.Policy)
+			require.Len(t, as, 1)
+			assert.Equal(t, []byte{icmpUnreachable, codeProhibited}, as[0].data[l4:l4+2])
+		}
+		assert.Equal(t, uint64(2), w.net.Stats().PolicyDenied)
+	}
 }

@@ -28,7 +28,7 @@ func (w *worker) tcpOpen(b *frame.Batch, f *frame.Frame) {
 		w.refuse(b, f, icmpUnreachable, codeHost, frame.NoRoute)
 		return
 	}
-	if !n.policy.Load().allows(frame.ProtoTCP, to) {
+	if !n.permits(frame.ProtoTCP, f.DstIP4(), f.DstPort()) {
 		w.stats.PolicyDenied++
 		w.refuse(b, f, icmpUnreachable, codeProhibited, frame.Policy)
 		return
