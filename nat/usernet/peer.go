@@ -1,6 +1,10 @@
 package usernet
 
-import "sidewire/engine/frame"
+import (
+	"fmt"
+
+	"sidewire/engine/frame"
+)
 
 // A peer is an entry of the flow table beside a UDP mapping: what is to be
 // remembered of somebody whom it talks to. There are none as long as nothing
@@ -197,11 +201,11 @@ type reverse struct {
 
 // init takes services, of which the first is the name of a place that several
 // stand for.
-func (r *reverse) init(ss []Service) {
+func (r *reverse) init(ss []Service) error {
 	r.services = map[serviceKey]serviceKey{}
 	for _, s := range ss {
-		if !s.To.Addr().Is4() {
-			continue
+		if !s.Addr.Addr().Is4() || !s.To.Addr().Is4() {
+			return fmt.Errorf("service %s at %s: want addresses of IPv4", s.Addr, s.To)
 		}
 		k := serviceKey{s.Proto, ip4(s.To.Addr()), s.To.Port()}
 		if _, ok := r.services[k]; !ok {
@@ -209,6 +213,7 @@ func (r *reverse) init(ss []Service) {
 			r.hosts |= 1 << (k.addr & 63)
 		}
 	}
+	return nil
 }
 
 func (r *reverse) find(proto uint8, host uint32, port uint16) (serviceKey, bool) {

@@ -58,6 +58,9 @@ const (
 	mapDNS
 	// mapAnswered: something came since the guest sent last.
 	mapAnswered
+	// mapAlone: the guest's datagrams need fragments, so that the kernel cuts
+	// none of them from a longer message.
+	mapAlone
 )
 
 const (
@@ -313,7 +316,7 @@ func udpOptions(fd int32) error {
 // replaces.
 func (w *worker) udpLetGo(i int32) {
 	fl := w.table.at(i)
-	fl.flags &^= mapErrors | mapFragments
+	fl.flags &^= mapErrors | mapFragments | mapAlone
 	fl.ttl, fl.tos = 0, 0
 	w.unready(i)
 }

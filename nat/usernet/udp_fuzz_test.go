@@ -220,9 +220,9 @@ func FuzzFragments(f *testing.F) {
 	f.Add(join(piece(1, 0, 8, 1), piece(1, 1, 0, 0)))                                               // an empty last one
 	f.Add(join(piece(1, 0, 800, 1), piece(1, 0, 800, 1), piece(1, 100, 8, 0), piece(1, 100, 8, 0))) // twice
 	f.Add(join(piece(1, 0, 16, 1), piece(2, 2, 8, 0), piece(2, 0, 16, 1), piece(1, 2, 8, 0)))
-	f.Add(join(piece(1, 0, 16, 1), piece(1, 1, 8, 1), piece(1, 3, 8, 0))) // H083 overlap for a hole
-	f.Add(join(piece(1, 0, 8, 1), piece(1, 2, 8, 0), piece(1, 3, 8, 1)))  // H083 beyond the end for a hole
-	f.Add(join(piece(1, 0, 8, 1), piece(1, 3, 8, 1), piece(1, 2, 8, 0)))
+	f.Add(join(piece(1, 0, 16, 3), piece(1, 1, 8, 1), piece(1, 3, 8, 0))) // H083 overlap for a hole
+	f.Add(join(piece(1, 0, 8, 3), piece(1, 2, 8, 0), piece(1, 3, 8, 1)))  // H083 beyond the end for a hole
+	f.Add(join(piece(1, 0, 8, 3), piece(1, 3, 8, 1), piece(1, 2, 8, 0)))
 	var flood []byte
 	for i := range byte(250) {
 		flood = append(flood, piece(i, i, 8, 1)...)

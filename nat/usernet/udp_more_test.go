@@ -2,6 +2,7 @@ package usernet
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"runtime/debug"
@@ -388,4 +389,97 @@ func binaryChecksum(b []byte) {
 	f.Flags, f.CsumStart, f.CsumOffset = frame.NeedsCsum, 34, 6
 	f.CompleteChecksum()
 	copy(b, f.Head[:])
+}
+
+// TestTCPInFragments: a segment that came in fragments is one of the connection.
+func TestTCPInFragments(t *testing.T) {
+	w := newWorld(t)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	dst := gateway(l.Addr().(*net.TCPAddr).AddrPort().Port())
+	w.send(tcpTo(dst, enginetest.TCP{Src: 6600, Seq: 99, Flags: enginetest.SYN}, ""))
+	a, ok := w.wait(patience, func(a *arrived) bool { return a.tcp != nil && a.tcp.SYN })
+	require.True(t, ok)
+	data := strings.Repeat("fragment", 300)
+	seg := tcpTo(dst, enginetest.TCP{Src: 6600, Seq: 100, Ack: a.tcp.Seq + 1, Flags: enginetest.ACK}, data)
+	w.send(reversed(inFragments(seg, 5, 1480))...)
+	w.consumed()
+	c, err := l.Accept()
+	require.NoError(t, err)
+	defer c.Close()
+	require.NoError(t, c.SetReadDeadline(time.Now().Add(patience)))
+	got := make([]byte, len(data))
+	_, err = io.ReadFull(c, got)
+	require.NoError(t, err)
+	assert.Equal(t, data, string(got))
+}
+
+// TestGuestErrorAboutTCP: what the guest says of its own network makes segments
+// smaller, if it is about something that was sent.
+func TestGuestErrorAboutTCP(t *testing.T) {
+	w := newWorld(t)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	dst := gateway(l.Addr().(*net.TCPAddr).AddrPort().Port())
+	w.send(tcpTo(dst, enginetest.TCP{Src: 6601, Seq: 99, Flags: enginetest.SYN, Options: []byte{2, 4, 5, 0xb4}}, ""))
+	a, ok := w.wait(patience, func(a *arrived) bool { return a.tcp != nil && a.tcp.SYN })
+	require.True(t, ok)
+	k := w.net.workers[0]
+	fl := func() *flow {
+		return k.table.at(k.table.find(key{remote: mapped(ip4(gatewayIP)), rport: dst.Port(), gport: 6601, proto: frame.ProtoTCP}))
+	}
+	require.EqualValues(t, 1460, fl().mss)
+	say := func(seq uint32, typ, code uint8, mtu uint32) {
+		ip := enginetest.IP{Src: gatewayIP, Dst: guestIP}
+		about := ip.Packet(frame.ProtoTCP, enginetest.TCP{Src: dst.Port(), Dst: 6601, Seq: seq}.Segment(ip, nil))
+		require.Empty(t, w.send(enginetest.ICMPFrame(toRouter, to(gatewayIP), enginetest.ICMP{Type: typ, Code: code, Rest: mtu}, about)))
+	}
+	for _, c := range []struct {
+		seq       uint32
+		typ, code uint8
+		mtu       uint32
+		want      uint16
+	}{
+		{a.tcp.Seq + 77777, 3, 4, 1000, 1460}, // nothing that was sent (RFC 5927, 4.1)
+		{a.tcp.Seq, 3, 3, 1000, 1460},         // RFC 5382 REQ-10
+		{a.tcp.Seq, 3, 1, 1000, 1460},
+		{a.tcp.Seq, 11, 0, 1000, 1460},
+		{a.tcp.Seq, 3, 4, 1400, 1360},
+		{a.tcp.Seq, 3, 4, 1450, 1360}, // never larger
+		{a.tcp.Seq, 3, 4, 0, 512},     // nor too small
+	} {
+		say(c.seq, c.typ, c.code, c.mtu)
+		assert.EqualValues(t, c.want, fl().mss, "%+v", c)
+	}
+}
+
+// TestUDPLargerThanPath: datagrams that need fragments are sent alone from then
+// on.
+func TestUDPLargerThanPath(t *testing.T) {
+	p := newPod(t, enginetest.WorldOptions{MTU: 1400}, withMTU(9000))
+	host := listen(t, p.Outside, "udp4", enginetest.OutsideIP+":0")
+	ip := to(outsideIP)
+	ip.Frag = 0
+	var frames [][]byte
+	for i := range 5 {
+		frames = append(frames, enginetest.UDPFrame(toRouter, ip, enginetest.UDP{Src: 6602, Dst: portOf(host)}, enginetest.Payload(4000, byte(i))))
+	}
+	for range 2 {
+		p.send(frames...)
+		p.consumed()
+		for i := range 5 {
+			got, _ := hears(t, host)
+			require.Equal(t, string(enginetest.Payload(4000, byte(i))), got)
+		}
+	}
+	assert.NotZero(t, p.net.workers[0].table.at(0).flags&mapAlone)
+}
+
+func TestServiceMustBeIPv4(t *testing.T) {
+	c := newWorld(t).net.conf
+	service("10.0.2.3:53", "[::1]:53")(&c)
+	_, err := New(c)
+	assert.ErrorContains(t, err, "IPv4")
 }

@@ -154,7 +154,7 @@ func (w *worker) sendSome(b *frame.Batch, i, next int32) int32 {
 		if p.f.GSO != frame.GSONone {
 			size = int32(p.f.GSOSize)
 			r.cut = p.n > size
-		} else if fl.proto == frame.ProtoUDP && !w.udp.noSegment {
+		} else if fl.proto == frame.ProtoUDP && !w.udp.noSegment && fl.flags&mapAlone == 0 {
 			iovs, after = w.extend(r, iovs, after)
 		}
 		next = after
@@ -264,13 +264,17 @@ func (w *worker) sendRuns(b *frame.Batch, i int32, n int) {
 			tries = 0
 			continue
 		}
+		r := &t.runs[k]
 		// An ICMP error that came before shows up here, once.
-		if tries++; tries <= 2 && mayBeEarlier(errno) {
+		if tries++; tries <= 2 && mayBeEarlier(errno) && !(r.cut && errno == unix.EMSGSIZE) {
 			continue
 		}
-		if r := &t.runs[k]; r.cut {
-			if errno == unix.EIO || errno == unix.ENOPROTOOPT {
+		if r.cut {
+			switch errno {
+			case unix.EIO, unix.ENOPROTOOPT:
 				w.udp.noSegment = true // the device cannot compute checksums
+			case unix.EMSGSIZE, unix.EINVAL:
+				fl.flags |= mapAlone
 			}
 			w.sendEach(b, i, r)
 		} else {

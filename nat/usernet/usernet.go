@@ -202,7 +202,9 @@ func New(c Config) (*Net, error) {
 	for _, s := range c.Services {
 		n.service[serviceKey{s.Proto, ip4(s.Addr.Addr()), s.Addr.Port()}] = target{s.To.Addr().As16(), s.To.Port()}
 	}
-	n.reverse.init(c.Services)
+	if err := n.reverse.init(c.Services); err != nil {
+		return nil, fmt.Errorf("user network: %w", err)
+	}
 	if err := n.ns.open(c.NetNS); err != nil {
 		return nil, fmt.Errorf("user network: %w", err)
 	}
