@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -70,7 +71,7 @@ func openOVS(ctx context.Context, c cell, dir string) (b backend, err error) {
 	if o.db, err = startProc(ctx, procOptions{env: env}, "ovsdb-server", "ovsdb-server", at("db"), "--remote=punix:"+at("db.sock"), "--unixctl="+at("db.ctl")); err != nil {
 		return nil, err
 	}
-	if err := waitForFile(at("db.sock"), o.db); err != nil {
+	if err := waitForSocket(at("db.sock"), o.db); err != nil {
 		return nil, err
 	}
 	if err := o.vsctl(ctx, "--no-wait", "init", "--", "set", "Open_vSwitch", ".", "other_config:dpdk-init=true",
@@ -193,19 +194,20 @@ func parsePMDStats(s string, since time.Duration) (frames, busyNS float64, err e
 	return v[0], v[2] / (v[1] + v[2]) * float64(since.Nanoseconds()) / v[0], nil
 }
 
-// waitForFile waits until a program has made a file.
-func waitForFile(path string, p *proc) error {
+// waitForSocket waits until a program listens on a socket, which is there a
+// little earlier.
+func waitForSocket(path string, p *proc) error {
 	deadline := time.After(10 * time.Second)
 	for {
-		if _, err := os.Stat(path); err == nil {
-			return nil
+		if c, err := net.Dial("unix", path); err == nil {
+			return c.Close()
 		}
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case <-p.done:
 			return fmt.Errorf("%s ended: %s", p.name, p.tail())
 		case <-deadline:
-			return fmt.Errorf("%s made no %s", p.name, path)
+			return fmt.Errorf("%s does not listen on %s", p.name, path)
 		}
 	}
 }
