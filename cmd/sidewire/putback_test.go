@@ -22,18 +22,17 @@ import (
 // rules, links, addresses, routes and every setting below /proc/sys/net.
 func footprint(t *testing.T, ns *enginetest.NetNS) map[string]string {
 	t.Helper()
-	dir := t.TempDir()
 	out := map[string]string{}
 	settled := func() bool {
-		text, err := runIn(ns, dir, "ip", "-o", "addr")
-		return err == nil && !strings.Contains(text, "tentative")
+		text, err := ns.Command("ip", "-o", "addr").Output()
+		return err == nil && !strings.Contains(string(text), "tentative")
 	}
 	enginetest.Eventually(t, 10*time.Second, settled) // the kernel still asks whose an address is
 	for _, cmd := range []string{"nft list ruleset", "ip -d -o link", "ip -o addr", "ip route show table all", "ip rule", "ip neigh show nud permanent"} {
 		words := strings.Fields(cmd)
-		text, err := runIn(ns, dir, words[0], words[1:]...)
-		require.NoError(t, err, text)
-		out[cmd] = text
+		text, err := ns.Command(words[0], words[1:]...).Output() // ip may complain of another namespace that has just gone
+		require.NoError(t, err, cmd)
+		out[cmd] = string(text)
 	}
 	require.NoError(t, ns.Do(func() error {
 		return filepath.WalkDir("/proc/sys/net", func(p string, d fs.DirEntry, err error) error {
