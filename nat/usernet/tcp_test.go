@@ -569,3 +569,65 @@ func TestTCPAllocatesNothing(t *testing.T) {
 
 // listenAgain changes the length of a listener's queue.
 func listenAgain(fd, n int) error { return syscall.Listen(fd, n) }
+
+func TestTCPUnreachable(t *testing.T) {
+	enginetest.Need(t, "netns")
+	ns := enginetest.NewNetNS(t)
+	require.NoError(t, ns.Run("ip", "route", "add", "unreachable", "192.0.2.0/24"))
+	require.NoError(t, ns.Run("ip", "route", "add", "prohibit", "198.51.100.0/24"))
+	w := newWorld(t, inPod(t, ns))
+	for dst, code := range map[string]byte{"192.0.2.1:80": codeHost, "198.51.100.1:80": codeProhibited, "203.0.113.1:80": codeNet} {
+		p := &peer{w: w, dst: netip.MustParseAddrPort(dst), sport: 40000, seq: guestISS, wnd: 1000}
+		as := p.raw(tcpSYN, "")
+		require.Len(t, as, 1, "at once")
+		require.NotNil(t, as[0].icmp)
+		assert.Equal(t, []byte{icmpUnreachable, code}, as[0].data[l4:l4+2], dst)
+		quoted := as[0].data[l4+8:]
+		assert.Equal(t, p.dst.Addr().AsSlice(), quoted[16:20])
+		assert.Equal(t, uint32(guestISS), binary.BigEndian.Uint32(quoted[ip4Len+4:]), "the SYN that it is about")
+	}
+	assert.Zero(t, w.net.Stats().TCPOpen)
+}
+
+func TestTCPWindowScales(t *testing.T) {
+	for scale := range byte(16) {
+		w := newWorld(t)
+		l, addr := hostTCP(t)
+		p := call(w, addr, 40000, 2, 4, 5, 180, 1, 3, 3, scale)
+		c := acceptTCP(t, l)
+		p.wnd = 3
+		p.raw(tcpACK, "")
+		// RFC 7323, 2.3: what is more than 14 counts as 14.
+		want := 3 << min(scale, 14)
+		writes(t, c, strings.Repeat("x", 60000))
+		require.Len(t, p.hear(min(want, 1460)), min(want, 1460), "scale %d", scale)
+	}
+	// One that does not scale is not scaled to.
+	w := newWorld(t)
+	l, addr := hostTCP(t)
+	p := call(w, addr, 40000, 2, 4, 5, 180)
+	acceptTCP(t, l)
+	assert.Zero(t, p.scale)
+}
+
+// A kernel before Linux 6.9 knows no SO_PEEK_OFF for TCP.
+func TestTCPWithoutPeekOffset(t *testing.T) {
+	w := newWorld(t)
+	w.net.noPeekOff.Store(true)
+	p, c := connected(t, w, 40000)
+	want := strings.Repeat("0123456789abcdef", 1<<14)
+	go func() { c.Write([]byte(want)); c.CloseWrite() }()
+	// Two segments are under way before the first is acknowledged.
+	var got strings.Builder
+	for n := 0; got.Len() < len(want); n++ {
+		a := p.expect(nil, func(a *arrived) bool { return len(a.payload) > 0 })
+		require.Equal(t, p.ack+uint32(0), a.tcp.Seq)
+		got.Write(a.payload)
+		p.ack += uint32(len(a.payload))
+		if n&1 == 1 || got.Len() == len(want) {
+			w.backlog = append(w.backlog, p.raw(tcpACK, "")...)
+		}
+	}
+	assert.Equal(t, want, got.String())
+	p.expect(nil, func(a *arrived) bool { return a.tcp.FIN })
+}
