@@ -175,13 +175,13 @@ func forwardCommand(ctx context.Context, args []string, out, errw io.Writer) err
 		if len(rest) > 1 {
 			return badInput("unexpected argument %q", rest[1])
 		}
-	case "add", "remove":
+	case "add", "remove", "del":
 		r, err := parseForward(rest[1:])
 		if err != nil {
 			return err
 		}
 		body = r
-		method = map[string]string{"add": "POST", "remove": "DELETE"}[what]
+		method = map[string]string{"add": "POST", "remove": "DELETE", "del": "DELETE"}[what]
 	default:
 		return badInput("%q: want list, add or remove", what)
 	}

@@ -224,7 +224,7 @@ func TestForwardsOfSockets(t *testing.T) {
 	assert.Contains(t, cmd("flows", "--max", "1").out, "and more")
 	assert.Contains(t, cmd("flows").out, "10.0.2.15:8080")
 
-	assert.Equal(t, outcome{out: all}, cmd("forward", "remove", "tcp:9000"))
+	assert.Equal(t, outcome{out: all}, cmd("forward", "del", "tcp:9000"))
 	assert.Equal(t, "refused by pod", s.tcp(w.Outside, enginetest.PodIP+":9000"))
 	assert.True(t, echoes(t, c, "it goes on"))
 
@@ -330,6 +330,21 @@ func TestSocketFlags(t *testing.T) {
 		assert.Equal(t, exitInput, o.code, o.err)
 		assert.Contains(t, o.err, c.want)
 	}
+}
+
+// The other commands know slirp too: an e1000 on a stream unless the VMI says
+// otherwise.
+func TestSlirpCommands(t *testing.T) {
+	assert.Equal(t, outcome{}, sidewire(t, "validate", "-f", "../../engine/vmi/testdata/guide/11-slirp.yaml"))
+	args := func(vmi string) []string {
+		o := sidewire(t, "qemu-args", "-f", writeFile(t, "vmi.yaml", vmi), "--socket-dir", "/x", "--mtu", "9000")
+		require.Zero(t, o.code, o.err)
+		return strings.Split(o.out, "\n")
+	}
+	lines := args(strings.Replace(slirpSpec("vm", "x", 1), "        model: x\n", "", 1))
+	assert.Contains(t, strings.Join(lines, "\n"), "-netdev\nstream,id=net-red,server=off")
+	assert.Contains(t, lines, "e1000,id=nic-red,netdev=net-red,mac="+guestMAC.String()+",romfile=")
+	assert.Contains(t, strings.Join(args(slirpSpec("vm", "virtio", 1)), "\n"), ",host_mtu=9000")
 }
 
 func TestParseUserForward(t *testing.T) {

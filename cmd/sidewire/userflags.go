@@ -29,30 +29,23 @@ func (r rules) Set(s string) error {
 // policy is what the flags say of where guests may go.
 func (o *options) policy() usernet.Policy { return usernet.Policy{Rules: o.rules} }
 
-// userFlag names a flag that is about the socket path alone, empty if none is
-// given.
-func (o *options) userFlag() string {
-	switch {
-	case len(o.rules) > 0:
-		return "--allow and --deny"
-	case len(o.forward) > 0:
-		return "--forward"
-	case o.noHostLoopback:
-		return "--no-host-loopback"
-	case o.mtu != 0:
-		return "--mtu"
-	}
-	return ""
-}
-
-// checkUserFlags gives the forwards that the flags ask for to their interfaces,
-// and refuses flags that would mean nothing.
+// checkUserFlags gives the forwards that the flags ask for to their interfaces.
+// It refuses flags that would mean nothing, and those that would seem to keep a
+// guest from something and do not.
 func checkUserFlags(o *options, p *plan) error {
-	if f := o.userFlag(); f != "" && len(p.pods) > 0 {
-		return badInput("%s: %s takes the packet path, which has nothing of the kind: it is for slirp and --path socket", f, p.pods[0].name())
-	}
-	if f := o.userFlag(); f != "" && len(p.users) == 0 {
-		return badInput("%s: no interface is for it, which is for slirp and --path socket", f)
+	for _, f := range []struct {
+		name         string
+		given, keeps bool
+	}{
+		{"--allow and --deny", len(o.rules) > 0, true}, {"--no-host-loopback", o.noHostLoopback, true},
+		{"--forward", len(o.forward) > 0, false}, {"--mtu", o.mtu != 0, false},
+	} {
+		switch {
+		case f.given && len(p.pods) > 0 && (f.keeps || len(p.users) == 0):
+			return badInput("%s: %s takes the packet path, which has nothing of the kind: it is for slirp and --path socket", f.name, p.pods[0].name())
+		case f.given && len(p.users) == 0:
+			return badInput("%s: no interface is for it, which is for slirp and --path socket", f.name)
+		}
 	}
 	for _, text := range o.forward {
 		name, fs, err := parseUserForward(text)
