@@ -167,6 +167,15 @@ func TestRFC4787_REQ5a_DNSEndsEarly(t *testing.T) {
 
 	from = w.external(33337, host, netip.AddrPortFrom(dnsIP, 53))
 	w.answers(host, from, 33337)
+	w.external(33337, host, netip.AddrPortFrom(dnsIP, 53))
+	w.pass(14 * time.Second)
+	w.pull(0)
+	require.Equal(t, 1, w.mappings(), "the second question is not answered yet")
+	w.pass(300 * time.Second)
+	w.pull(0)
+	require.Zero(t, w.mappings())
+	from = w.external(33337, host, netip.AddrPortFrom(dnsIP, 53))
+	w.answers(host, from, 33337)
 	w.pass(14 * time.Second)
 	w.pull(0)
 	require.Zero(t, w.mappings(), "answered")
@@ -307,6 +316,13 @@ func TestRFC4787_REQ8_Filtering(t *testing.T) {
 			w.pass(200 * time.Second)
 			w.pull(0)
 			check(a, c.strange)
+			check(later, true)
+			// Time counts from when one was sent to last, also by a guest that
+			// did not look elsewhere meanwhile.
+			w.external(5001, a2, netip.AddrPortFrom(outsideIP, portOf(a2)))
+			w.pass(200 * time.Second)
+			w.pull(0)
+			w.external(5001, a2, netip.AddrPortFrom(outsideIP, portOf(a2)))
 			check(later, true)
 			// Nothing of it stays when the mapping has ended.
 			w.pass(time.Hour)
@@ -466,6 +482,20 @@ func TestRFC4787_REQ12b_PortUnreachable(t *testing.T) {
 		assert.Equal(t, "anybody?", string(inner.payload))
 	}
 	assert.EqualValues(t, 3, w.net.Stats().Refused)
+	// An error that waits costs neither single datagrams nor runs of them.
+	live, lat := hostUDP(t)
+	for _, n := range []int{1, 5} {
+		frames := [][]byte{udpTo(5008, gateway(at.Port()), "refused")}
+		for range n {
+			frames = append(frames, udpTo(5008, gateway(lat.Port()), "heard"))
+		}
+		w.send(frames...)
+		w.consumed()
+		for range n {
+			got, _ := hears(t, live)
+			assert.Equal(t, "heard", got)
+		}
+	}
 }
 
 // inner is the packet that an ICMP error quotes.

@@ -290,6 +290,18 @@ func TestRFC5508_REQ8_PolicyOfOpenMappings(t *testing.T) {
 	hearsNothing(t, other)
 }
 
+func TestRFC5508_REQ8_PolicyOfOpenSessions(t *testing.T) {
+	p := newPod(t, enginetest.WorldOptions{})
+	p.send(echoTo(podIP, 4, 1, "x"))
+	p.next()
+	p.net.SetPolicy(Policy{Rules: []Rule{{Prefix: netip.PrefixFrom(outsideIP, 32)}}})
+	require.Len(t, p.send(echoTo(outsideIP, 4, 2, "x")), 1)
+	p.dropped(frame.Policy)
+	p.send(echoTo(podIP, 4, 3, "x"))
+	a := p.next()
+	a.isReply(t, podIP, 4, 3, "x")
+}
+
 func TestRFC5508_REQ10_TimeExceeded(t *testing.T) {
 	p := newPod(t, enginetest.WorldOptions{})
 	enginetest.Must(t, p.Outside.Route("198.51.100.0/24", enginetest.PodIP))

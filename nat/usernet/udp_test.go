@@ -103,6 +103,23 @@ func TestUDPRunLeavesAsOne(t *testing.T) {
 	}
 }
 
+// TestUDPRunEndsAtShorter: only the last one of a run may be shorter.
+func TestUDPRunEndsAtShorter(t *testing.T) {
+	w := newWorld(t)
+	host, at := hostUDP(t)
+	want := []string{"0123456789", "1123456789", "21234", "3123456789", "4123456789", "", "5", "6", "7123456789"}
+	var frames [][]byte
+	for _, p := range want {
+		frames = append(frames, udpTo(40006, gateway(at.Port()), p))
+	}
+	w.send(frames...)
+	w.consumed()
+	for _, p := range want {
+		got, _ := hears(t, host)
+		require.Equal(t, p, got)
+	}
+}
+
 func TestUDPWithoutChecksum(t *testing.T) {
 	w := newWorld(t)
 	host, at := hostUDP(t)
