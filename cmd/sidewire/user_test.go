@@ -406,3 +406,31 @@ func TestResolversOfSockets(t *testing.T) {
 	})
 	assert.NotEmpty(t, v.run("dig", "+short", "@10.0.2.1", "a.example"))
 }
+
+// Two guests share a pod. Each has its own ports, and reaches the other and
+// itself by them (RFC 4787 REQ-9).
+func TestTwoGuestsOnSockets(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "dhclient")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	other := frame.MAC{0x02, 0, 0, 0, 0xaa, 0x02}
+	p := startNobody(t, w, spec("vm", 1, "tcp:8081", "udp:8081")+"---\n"+
+		strings.Replace(slirpSpec("vm2", "virtio", 1, "tcp:8082", "udp:8082"), guestMAC.String(), other.String(), 1))
+	a := startVM(t, p, vhosttest.Options{})
+	b := joinVM(t, vhosttest.Options{Path: filepath.Join(p.dir, "vm2", "red.sock"), MAC: other})
+	s := &scene{World: w, t: t, guest: a.ns, far: b.ns, dir: a.dir}
+	s.serveAt(a.ns, "vm", 8081)
+	s.serveAt(b.ns, "vm2", 8082)
+	for _, c := range []struct {
+		from *vm
+		port string
+		want string
+	}{
+		{a, "8081", "vm, peer 10.0.2.1"}, {a, "8082", "vm2, peer 10.0.2.2"}, {b, "8081", "vm, peer 10.0.2.1"}, {b, "8082", "vm2, peer 10.0.2.2"},
+	} {
+		assert.Equal(t, c.want, s.tcp(c.from.ns, net.JoinHostPort(enginetest.PodIP, c.port)))
+		assert.Contains(t, s.udp(c.from.ns, net.JoinHostPort(enginetest.PodIP, c.port)), strings.Split(c.want, " peer")[0])
+	}
+	st := p.status()
+	assert.Equal(t, "socket", st.Path)
+	assert.Less(t, st.Interfaces[0].Sockets.MaxSockets, usernet.MaxDescriptors()/2, "each has its share")
+}
