@@ -68,8 +68,8 @@ type flow struct {
 	sndMax  uint32 // behind the last byte ever sent
 	sndWnd  uint32 // the guest's window, in bytes
 	cwnd    uint32
-	recover uint32 // sndMax when loss was seen
-	rttSeq  uint32 // the byte whose acknowledgement is timed
+	base    uint32 // first byte that is still in the host's socket
+	mark    uint32 // the byte whose acknowledgement is timed; in recovery, sndMax when loss was seen
 	rttAt   uint32 // when it was sent, in rttUnit; 0 if none is timed
 	rtxDue  uint32 // when to retransmit or probe, in ticks; 0 if nothing is to be
 

@@ -33,7 +33,7 @@ const (
 	delayed                     // in the list of delayed acknowledgements
 	peekOff                     // SO_PEEK_OFF is set
 	bulk                        // what comes is long: receive into the guest's buffers
-	recovery                    // segments up to recover are being sent again
+	recovery                    // segments up to mark are being sent again
 	urgent                      // the socket has urgent data
 	keepalive                   // SO_KEEPALIVE is set
 	retry                       // the guest had no buffers
@@ -202,7 +202,7 @@ func (w *worker) synAckSegment(b *frame.Batch, f *frame.Frame, i int32, s *segme
 func (w *worker) established(i int32) {
 	fl := w.table.at(i)
 	fl.state = stateEstablished
-	fl.sndUna = fl.sndNxt
+	fl.sndUna, fl.base = fl.sndNxt, fl.sndNxt
 	fl.rtxDue, fl.backoff = 0, 0
 	fl.flags |= readable // an event may have been and gone
 	w.ready(i)
@@ -459,24 +459,31 @@ func (w *worker) ackSoon(i int32) {
 	w.touch(i)
 }
 
-// touchedFlow is a flow that a batch has touched, and where its acknowledged
-// data ended before.
-type touchedFlow struct {
-	flow int32
-	una  uint32
+// discardMin is how many acknowledged bytes stay in a socket, while more are
+// under way, before they are taken off: each time the kernel thinks about
+// telling its peer.
+const discardMin = 128 << 10
+
+// discard takes bytes that the guest has acknowledged off the socket's queue.
+func (w *worker) discard(fl *flow) {
+	n := fl.sndUna - fl.base
+	if fl.flags&hostFin != 0 && fl.sndUna == fl.sndMax {
+		n-- // the FIN is in no queue
+	}
+	if int32(n) <= 0 {
+		return
+	}
+	discard(fl.fd, int(n))
+	fl.base += n
 }
 
 // tcpSettle ends a batch for a flow: bytes that the guest has acknowledged leave
 // the socket, and the guest is told what was taken.
-func (w *worker) tcpSettle(b *frame.Batch, i int32, una uint32) {
+func (w *worker) tcpSettle(b *frame.Batch, i int32) {
 	fl := w.table.at(i)
 	if fl.fd >= 0 {
-		n := fl.sndUna - una
-		if fl.flags&finAcked != 0 && n > 0 {
-			n--
-		}
-		if n > 0 {
-			discard(fl.fd, int(n))
+		if fl.sndUna == fl.sndMax || fl.sndUna-fl.base >= discardMin {
+			w.discard(fl)
 		}
 		if fl.flags&(guestFin|finAcked) == guestFin|finAcked {
 			w.finished(b, i)

@@ -320,13 +320,13 @@ func (w *worker) place(b *frame.Batch, f *frame.Frame, i int32, limit int) (niov
 	return niov, at, pumpDone
 }
 
-// peek receives what follows the bytes that the guest has not acknowledged yet,
+// peek receives what follows the bytes that are under way, or acknowledged,
 // without taking it off the socket's queue.
 func (w *worker) peek(fl *flow, niov int) (int, unix.Errno) {
 	m := &w.msg
 	m.Name, m.Namelen, m.Control = nil, 0, nil
 	m.SetControllen(0)
-	flight := fl.sndNxt - fl.sndUna
+	flight := fl.sndNxt - fl.base
 	if flight > 0 && fl.flags&peekOff == 0 && !w.net.noPeekOff.Load() {
 		switch setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(flight)) {
 		case 0:
@@ -383,8 +383,8 @@ func (w *worker) segmentFor(b *frame.Batch, f *frame.Frame, i int32, n int, at l
 	w.keepWindow(fl)
 	if before(seq, fl.sndMax) {
 		w.stats.Retransmits++
-	} else if fl.rttAt == 0 {
-		fl.rttSeq, fl.rttAt = seq+uint32(n), w.rttNow()
+	} else if fl.rttAt == 0 && fl.flags&recovery == 0 {
+		fl.mark, fl.rttAt = seq+uint32(n), w.rttNow()
 	}
 	w.tcpHeader(f, fl, seq, bits, 0, n)
 	if fl.flags&urgent != 0 {
@@ -448,7 +448,7 @@ func (w *worker) notDelivered(f *frame.Frame) {
 	}
 	fl.sndNxt = seq
 	if fl.flags&peekOff != 0 {
-		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(seq-fl.sndUna))
+		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(seq-fl.base))
 	}
 	// Nobody tells when there are buffers: it tries again soon.
 	fl.flags |= readable | retry

@@ -16,6 +16,10 @@ const (
 	maxRTO     = int64(60e9)
 	maxBackoff = 15 // as Linux's tcp_retries2: about 15 minutes
 	maxSYN     = 6  // as tcp_syn_retries
+	// mostCwnd bounds what is under way to the guest. It is enough for 20 Gbit/s at
+	// 200 us; more would make each MSG_PEEK slower, for which the kernel walks
+	// over all buffers before its place.
+	mostCwnd = 512 << 10
 	// timeWaitTicks is for how long a guest's FIN that comes again is answered:
 	// only a full ring can have lost the answer.
 	timeWaitTicks = uint32(1e9 >> tickShift)
@@ -31,7 +35,7 @@ func (w *worker) rttNow() uint32 { return max(uint32(w.now>>rttShift), 1) }
 
 // measure takes the round-trip time from an acknowledgement (RFC 6298, 2).
 func (w *worker) measure(fl *flow, ack uint32) {
-	if fl.rttAt == 0 || before(ack, fl.rttSeq) {
+	if fl.rttAt == 0 || before(ack, fl.mark) || fl.flags&recovery != 0 {
 		return
 	}
 	r := int32(min(max(w.rttNow()-fl.rttAt, 1), 0x7fff))
@@ -69,7 +73,7 @@ func (w *worker) grow(b *frame.Batch, i int32, acked uint32) {
 	fl := w.table.at(i)
 	mss := uint32(fl.mss)
 	if fl.flags&recovery != 0 {
-		if !before(fl.sndUna, fl.recover) {
+		if !before(fl.sndUna, fl.mark) {
 			fl.flags &^= recovery
 			fl.cwnd = max(uint32(fl.ssthresh)*mss, 2*mss)
 			return
@@ -78,7 +82,7 @@ func (w *worker) grow(b *frame.Batch, i int32, acked uint32) {
 		return
 	}
 	switch {
-	case fl.cwnd >= 16<<20:
+	case fl.cwnd >= mostCwnd:
 	case fl.cwnd < uint32(fl.ssthresh)*mss:
 		fl.cwnd += acked
 	default:
@@ -104,7 +108,7 @@ func (w *worker) duplicateACK(b *frame.Batch, i int32, s *segment, wnd uint32) {
 	w.lost(fl)
 	fl.cwnd = max(uint32(fl.ssthresh)*uint32(fl.mss), 2*uint32(fl.mss))
 	fl.flags |= recovery
-	fl.recover = fl.sndMax
+	fl.mark = fl.sndMax
 	w.retransmit(b, i)
 }
 
@@ -118,7 +122,7 @@ func (w *worker) lost(fl *flow) {
 // retransmit sends the first segment that is not acknowledged again.
 func (w *worker) retransmit(b *frame.Batch, i int32) {
 	fl := w.table.at(i)
-	w.settleNow(fl, i)
+	w.discard(fl)
 	if fl.flags&hostFin != 0 && fl.sndUna+1 == fl.sndMax {
 		w.emit(b, fl, fl.sndUna, tcpFIN|tcpACK)
 		w.stats.Retransmits++
@@ -144,7 +148,7 @@ func (w *worker) retransmit(b *frame.Batch, i int32) {
 	setIov(&w.iovs[0], buf)
 	got, errno := recvmsg(fl.fd, &w.msg, unix.MSG_PEEK)
 	if fl.flags&peekOff != 0 {
-		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(fl.sndNxt-fl.sndUna))
+		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(fl.sndNxt-fl.base))
 	}
 	if errno != 0 || got <= 0 {
 		b.Undo()
@@ -154,23 +158,6 @@ func (w *worker) retransmit(b *frame.Batch, i int32) {
 	w.tcpHeader(f, fl, fl.sndUna, tcpACK|tcpPSH, 0, got)
 	f.Tail = append(b.Segs(1), buf[:got])
 	w.stats.Retransmits++
-}
-
-// settleNow takes acknowledged bytes off the socket's queue before it is looked
-// at from its start.
-func (w *worker) settleNow(fl *flow, i int32) {
-	if fl.batchAt < 0 {
-		return
-	}
-	t := &w.touched[fl.batchAt]
-	n := fl.sndUna - t.una
-	if fl.flags&hostFin != 0 && fl.sndUna == fl.sndMax && n > 0 {
-		n--
-	}
-	if n > 0 {
-		discard(fl.fd, int(n))
-	}
-	t.una = fl.sndUna
 }
 
 // tcpTimer is called when a connection's timer has gone off.
@@ -239,7 +226,7 @@ func (w *worker) rtxTimeout(b *frame.Batch, i int32) bool {
 	w.lost(fl)
 	fl.cwnd, fl.dupAcks = uint32(fl.mss), 0
 	fl.flags |= recovery
-	fl.recover = fl.sndMax
+	fl.mark = fl.sndMax
 	w.retransmit(b, i)
 	w.startRTO(i)
 	return true

@@ -12,13 +12,13 @@ import (
 // connections have any, so it is kept beside the flow.
 func (w *worker) seeUrgent(i int32) {
 	fl := w.table.at(i)
-	w.settleNow(fl, i)
+	w.discard(fl)
 	// Without SO_OOBINLINE the kernel counts what is before the mark; with it,
 	// the urgent byte stays in its place in the stream.
 	setInt(fl.fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 0)
 	n, errno := queued(fl.fd)
 	setInt(fl.fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
-	mark := fl.sndUna + uint32(n)
+	mark := fl.base + uint32(n)
 	if errno != 0 || before(mark, fl.sndNxt) {
 		return // the guest has it already, as data
 	}

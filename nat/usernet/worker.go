@@ -10,6 +10,9 @@ import (
 )
 
 const (
+	// lookEvery is how long, in nanoseconds, a worker that has things to bring to
+	// the guest does not ask for more.
+	lookEvery = 50_000
 	// eventsMax is how many sockets one look at the epoll set tells of.
 	eventsMax = 64
 	notReady  = int32(-2)
@@ -43,6 +46,7 @@ type worker struct {
 	full  bool   // the last look at epfd may not have told everything
 	// blocked says that all ready flows wait for buffers of the guest's.
 	blocked bool
+	looked  int64 // when events were asked for last
 	frags   reassembler
 	limits  rateLimit
 	stats   Stats
@@ -51,7 +55,7 @@ type worker struct {
 	readyHead, readyTail int32
 	// Flows that the present batch touched, and what is to be told to the
 	// guest of them at its end.
-	touched []touchedFlow
+	touched []int32
 	// Flows that are to follow their frames to another worker, and whether it is
 	// another one that holds the lock.
 	moving []flowRef
@@ -170,12 +174,12 @@ func (w *worker) finish(b *frame.Batch) {
 // settle does what finish does, but for the data.
 func (w *worker) settle(b *frame.Batch) {
 	for k := 0; k < len(w.touched); k++ {
-		t := w.touched[k]
-		if t.flow == none {
+		i := w.touched[k]
+		if i == none {
 			continue // it has ended since
 		}
-		w.table.at(t.flow).batchAt = -1
-		w.tcpSettle(b, t.flow, t.una)
+		w.table.at(i).batchAt = -1
+		w.tcpSettle(b, i)
 	}
 	w.touched = w.touched[:0]
 }
@@ -184,7 +188,7 @@ func (w *worker) settle(b *frame.Batch) {
 func (w *worker) touch(i int32) {
 	if f := w.table.at(i); f.batchAt < 0 {
 		f.batchAt = int16(len(w.touched))
-		w.touched = append(w.touched, touchedFlow{i, f.sndUna})
+		w.touched = append(w.touched, i)
 	}
 }
 
@@ -236,7 +240,7 @@ func (w *worker) drop(i int32) {
 	w.wheel.stop(i)
 	w.unready(i)
 	if f.batchAt >= 0 {
-		w.touched[f.batchAt].flow = none
+		w.touched[f.batchAt] = none
 	}
 	w.stats.closed(f.proto)
 	w.table.remove(i)
@@ -317,6 +321,11 @@ func (q *Queue) wake() {
 
 // events takes what the epoll set tells.
 func (w *worker) events(b *frame.Batch) {
+	if w.readyHead != none && !w.blocked && w.now-w.looked < lookEvery {
+		w.full = true // there is enough to do
+		return
+	}
+	w.looked = w.now
 	n := epollReady(w.epfd, w.evs[:])
 	w.full = n == len(w.evs)
 	for k := range w.evs[:n] {
