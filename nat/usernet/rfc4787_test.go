@@ -486,12 +486,15 @@ func TestRFC4787_REQ12b_PortUnreachable(t *testing.T) {
 	live, lat := hostUDP(t)
 	for _, n := range []int{1, 5} {
 		frames := [][]byte{udpTo(5008, gateway(at.Port()), "refused")}
+		w.send(frames[0]) // and nobody looks at the error before the next batch
 		for range n {
 			frames = append(frames, udpTo(5008, gateway(lat.Port()), "heard"))
 		}
+		w.send(frames[1:]...)
+		w.consumed()
 		w.send(frames...)
 		w.consumed()
-		for range n {
+		for range 2 * n {
 			got, _ := hears(t, live)
 			assert.Equal(t, "heard", got)
 		}
