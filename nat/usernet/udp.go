@@ -305,7 +305,8 @@ func udpOptions(fd int32) error {
 		return errno
 	}
 	// Without these the guest gets single datagrams, and hop counts and
-	// traffic classes of our own.
+	// traffic classes of our own. The last two take about 0.25 us of the 1.2
+	// that a datagram takes to arrive (BenchmarkUDPToGuest, 2 busy CPUs).
 	setInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
 	setInt(fd, unix.SOL_IP, unix.IP_RECVTTL, 1)
 	setInt(fd, unix.SOL_IP, unix.IP_RECVTOS, 1)
