@@ -103,7 +103,7 @@ func TestRFC4787_REQ3_NoPortOverloading(t *testing.T) {
 func TestRFC4787_REQ3a_REQ4_PortKept(t *testing.T) {
 	w := newWorld(t)
 	host, at := hostUDP(t)
-	assert.EqualValues(t, 33335, w.external(33335, host, gateway(at.Port())).Port())
+	assert.EqualValues(t, 21335, w.external(21335, host, gateway(at.Port())).Port())
 
 	taken, at2 := hostUDPAt(t, "0.0.0.0:0")
 	defer taken.Close()

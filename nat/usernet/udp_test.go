@@ -62,8 +62,8 @@ func TestUDPBatch(t *testing.T) {
 	var frames [][]byte
 	for i := range 117 {
 		p := fmt.Sprintf("%03d%s", i, strings.Repeat("x", []int{10, 10, 10, 10, 5, 300, 1400}[i/4%7]))
-		port, k := uint16(41000+i%4/3), i/3%3
-		if port == 41000 { // the order is that of a mapping
+		port, k := uint16(21000+i%4/3), i/3%3
+		if port == 21000 { // the order is that of a mapping
 			want[k] = append(want[k], p)
 		}
 		frames = append(frames, udpTo(port, dsts[k], p))
@@ -74,7 +74,7 @@ func TestUDPBatch(t *testing.T) {
 		var got []string
 		for range 39 {
 			p, from := hears(t, host)
-			if from.Port() == 41000 {
+			if from.Port() == 21000 {
 				got = append(got, p)
 			}
 		}
