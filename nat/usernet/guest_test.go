@@ -173,9 +173,15 @@ func BenchmarkKernelGuest(b *testing.B) {
 				})
 				b.ReportMetric(r.End.Received.BPS/1e9, "Gbit/s")
 				busy := uint64(0)
+				wakeups, turns := uint64(0), uint64(0)
 				for _, w := range g.engine.WorkerStats() {
 					busy += w.BusyNS
+					wakeups += w.Wakeups
+					turns += w.Turns
 				}
+				per64k := r.End.Received.Bytes / 65536
+				b.ReportMetric(float64(wakeups)/per64k, "wakeups/64KiB")
+				b.ReportMetric(float64(turns)/per64k, "turns/64KiB")
 				b.ReportMetric(float64(busy)/r.End.Received.Bytes, "busy-s/GB")
 				b.ReportMetric(0, "ns/op")
 			})

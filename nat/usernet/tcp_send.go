@@ -18,8 +18,14 @@ const (
 	// bulkMin is what a read must bring for the next to go straight into the
 	// guest's buffers.
 	bulkMin = 2048
-	// pumpFrames is how many frames a flow may bring in its turn.
-	pumpFrames = 4
+	// pumpTimes is how often a flow may receive in its turn, bulkFrames how many
+	// frames at once.
+	pumpTimes  = 2
+	bulkFrames = 4
+	// lentHead is what of a frame is not received into the guest's buffers, and
+	// bufferSlack how much longer than that buffers are taken to be.
+	lentHead    = frame.VnetHdrMrgLen + headLen
+	bufferSlack = 2048
 	// keepEdge is how much window is enough not to ask for more with each
 	// small segment.
 	keepEdge = 48 << 10
@@ -184,7 +190,7 @@ func (w *worker) resetUnknown(b *frame.Batch, f *frame.Frame, s *segment) {
 // tcpPump brings the guest what a connection's socket holds for it.
 func (w *worker) tcpPump(b *frame.Batch, i int32) pumped {
 	fl := w.table.at(i)
-	for range pumpFrames {
+	for range pumpTimes {
 		if fl.flags&readable == 0 || fl.state != stateEstablished {
 			return pumpDone
 		}
@@ -218,106 +224,182 @@ func (w *worker) maySend(i int32) int {
 		return 0 // RFC 9293, 3.8.6.2.1: more is on its way to be acknowledged
 	}
 	if n > maxPayload {
-		n = maxPayload / uint32(fl.mss) * uint32(fl.mss)
+		n -= n % uint32(fl.mss)
 	}
 	return int(n)
 }
 
 // tcpReceive takes up to limit bytes from a socket's queue, where they stay, and
-// makes a frame of them. It says pumpAgain if it has.
+// makes frames of them. It says pumpAgain if it has.
 func (w *worker) tcpReceive(b *frame.Batch, i int32, limit int) pumped {
 	fl := w.table.at(i)
 	if fl.flags&urgent != 0 {
 		limit = w.toMark(i, limit)
 	}
+	if fl.flags&bulk != 0 {
+		if v, ok := w.receiveBulk(b, i, limit); ok {
+			return v
+		}
+	}
+	return w.receiveShort(b, i, limit)
+}
+
+// receiveBulk receives several long frames at once, straight into the guest's
+// buffers. It reports false if the guest does not take them in this way.
+func (w *worker) receiveBulk(b *frame.Batch, i int32, limit int) (v pumped, ok bool) {
+	fl := w.table.at(i)
+	if int(fl.queue) >= len(w.rooms) || w.rooms[fl.queue].room == nil {
+		return 0, false
+	}
+	r := &w.rooms[fl.queue]
+	per := maxPayload / int(fl.mss) * int(fl.mss)
+	frames := min((limit+per-1)/per, bulkFrames, frame.BatchSize-b.Len())
+	if frames == 0 {
+		return pumpLater, true
+	}
+	limit = min(limit, frames*per)
+	// Each frame begins a buffer of its own.
+	bufs := r.room.Reserve(r.used, lentHead+min(limit, bulkMin), limit+frames*(lentHead+bufferSlack))
+	switch {
+	case bufs == nil && r.room.Short():
+		r.short = true
+		return pumpWait, true
+	case bufs == nil:
+		return 0, false
+	}
+	r.bufs = bufs
+	if b.SegsLeft() < len(bufs)-r.used {
+		return pumpLater, true
+	}
+	niov, room := w.lay(bufs[r.used:], per, limit)
+	n, errno := w.peek(fl, niov)
+	if errno != 0 || n == 0 {
+		return w.nothing(b, i, errno), true
+	}
+	if n < room && fl.flags&hangup == 0 {
+		fl.flags &^= readable // it is empty; when it no longer is, an event tells
+	}
+	for n > 0 {
+		size := min(n, per)
+		n -= size
+		f := b.Next()
+		w.segmentFor(f, i, size, n == 0)
+		f.RxAt, f.RxBufs = uint16(r.used), covering(bufs[r.used:], lentHead+size)
+		f.Tail = behind(b.Segs(int(f.RxBufs)), bufs[r.used:], size)
+		r.used += int(f.RxBufs)
+		if size < bulkMin {
+			fl.flags &^= bulk
+		}
+	}
+	return pumpAgain, true
+}
+
+// lay puts the places for limit bytes of payload, in frames of per bytes, to
+// w.iovs. It returns how many they are, and how many bytes they have room for.
+func (w *worker) lay(bufs [][]byte, per, limit int) (niov, room int) {
+	skip, left := lentHead, min(per, limit)
+	for _, p := range bufs {
+		if left == 0 { // the next frame
+			if limit -= per; limit <= 0 {
+				break
+			}
+			skip, left = lentHead, min(per, limit)
+		}
+		if niov == iovMax {
+			break
+		}
+		if skip >= len(p) {
+			skip -= len(p)
+			continue
+		}
+		p = p[skip:]
+		skip = 0
+		p = p[:min(len(p), left)]
+		setIov(&w.iovs[niov], p)
+		niov++
+		left -= len(p)
+		room += len(p)
+	}
+	return niov, room
+}
+
+// behind appends to tail what n bytes of payload take of a frame's buffers.
+func behind(tail, bufs [][]byte, n int) [][]byte {
+	skip := lentHead
+	for _, p := range bufs {
+		if skip >= len(p) {
+			skip -= len(p)
+			continue
+		}
+		p = p[skip:]
+		skip = 0
+		p = p[:min(len(p), n)]
+		tail = append(tail, p)
+		if n -= len(p); n == 0 {
+			break
+		}
+	}
+	return tail
+}
+
+// receiveShort receives one frame, which is copied to the guest by its port.
+func (w *worker) receiveShort(b *frame.Batch, i int32, limit int) pumped {
+	fl := w.table.at(i)
 	f := b.Next()
 	if f == nil {
 		return pumpLater
 	}
-	niov, lent, v := w.place(b, f, i, limit)
-	if v != pumpDone {
-		b.Undo()
-		return v
+	inHead := min(limit, frame.HeadSize-headLen)
+	setIov(&w.iovs[0], f.Head[headLen:headLen+inHead])
+	niov, room := 1, inHead
+	var rest []byte
+	if limit > inHead {
+		n := min(limit-inHead, shortRead)
+		for rest = b.Alloc(n); rest == nil && n >= bulkMin; rest = b.Alloc(n) {
+			n /= 2
+		}
+		if rest == nil {
+			b.Undo()
+			return pumpLater
+		}
+		setIov(&w.iovs[1], rest)
+		niov, room = 2, inHead+n
 	}
 	n, errno := w.peek(fl, niov)
 	if errno != 0 || n == 0 {
 		b.Undo()
-		b.TrimAlloc(lent.alloc)
-		switch {
-		case errno == unix.EAGAIN:
-			fl.flags &^= readable
-			return pumpDone
-		case errno == unix.EFAULT:
-			return pumpWait // the guest's memory is going away, and its ring with it
-		case errno != 0:
-			w.hostError(b, i)
-			return pumpGone
-		}
-		return w.hostEnds(b, i)
+		b.TrimAlloc(len(rest))
+		return w.nothing(b, i, errno)
 	}
-	if n < lent.room && fl.flags&hangup == 0 {
-		fl.flags &^= readable // it is empty; when it no longer is, an event tells
+	if n < room && fl.flags&hangup == 0 {
+		fl.flags &^= readable // as above
 	}
-	w.segmentFor(b, f, i, n, lent)
+	w.segmentFor(f, i, n, true)
+	inHead = min(n, inHead)
+	f.HeadLen += uint16(inHead)
+	if n > inHead {
+		f.Tail = append(b.Segs(1), rest[:n-inHead])
+	}
+	b.TrimAlloc(len(rest) - (n - inHead))
+	if n >= shortRead {
+		fl.flags |= bulk
+	}
 	return pumpAgain
 }
 
-// lent is where a frame's payload goes.
-type lent struct {
-	room  int // bytes
-	bufs  *roomUse
-	buf   []byte // of the batch's arena
-	alloc int    // how much of it
-}
-
-// place finds memory for limit bytes of payload of f, in the guest or in the
-// batch, and puts it to w.iovs behind the place for what is skipped.
-func (w *worker) place(b *frame.Batch, f *frame.Frame, i int32, limit int) (niov int, at lent, v pumped) {
-	fl := w.table.at(i)
-	if fl.flags&bulk != 0 && int(fl.queue) < len(w.rooms) && w.rooms[fl.queue].room != nil {
-		r := &w.rooms[fl.queue]
-		need := frame.VnetHdrMrgLen + headLen
-		bufs := r.room.Reserve(r.used, need+min(limit, bulkMin), need+limit)
-		if bufs != nil {
-			r.bufs, at.bufs = bufs, r
-			skip := need
-			for k := r.used; k < len(bufs) && limit > 0 && niov < iovMax; k++ {
-				p := bufs[k]
-				if skip >= len(p) {
-					skip -= len(p)
-					continue
-				}
-				p = p[skip:]
-				skip = 0
-				p = p[:min(len(p), limit)]
-				setIov(&w.iovs[niov], p)
-				niov++
-				limit -= len(p)
-				at.room += len(p)
-			}
-			return niov, at, pumpDone
-		}
-		if r.room.Short() {
-			r.short = true
-			return 0, at, pumpWait
-		}
-		// The guest does not take frames like these: by the batch's memory.
+// nothing is what becomes of a flow whose socket has brought no data.
+func (w *worker) nothing(b *frame.Batch, i int32, errno unix.Errno) pumped {
+	switch errno {
+	case 0:
+		return w.hostEnds(b, i)
+	case unix.EAGAIN:
+		w.table.at(i).flags &^= readable
+		return pumpDone
+	case unix.EFAULT:
+		return pumpWait // the guest's memory is going away, and its ring with it
 	}
-	inHead := min(limit, frame.HeadSize-headLen)
-	setIov(&w.iovs[0], f.Head[headLen:headLen+inHead])
-	niov, at.room = 1, inHead
-	if rest := limit - inHead; rest > 0 {
-		for n := min(rest, shortRead); n >= bulkMin/2 || n == rest; n /= 2 {
-			if at.buf = b.Alloc(n); at.buf != nil {
-				at.alloc = n
-				at.room += n
-				setIov(&w.iovs[1], at.buf)
-				return 2, at, pumpDone
-			}
-		}
-		return 0, at, pumpLater
-	}
-	return niov, at, pumpDone
+	w.hostError(b, i)
+	return pumpGone
 }
 
 // peek receives what follows the bytes that are under way, or acknowledged,
@@ -372,11 +454,12 @@ func (w *worker) peekBehind(fl *flow, niov, flight int) (int, unix.Errno) {
 	return 0, unix.EAGAIN
 }
 
-// segmentFor makes f the segment with the n bytes that were received.
-func (w *worker) segmentFor(b *frame.Batch, f *frame.Frame, i int32, n int, at lent) {
+// segmentFor makes f the head of a segment with n bytes that were received; last
+// says that there are no more for now.
+func (w *worker) segmentFor(f *frame.Frame, i int32, n int, last bool) {
 	fl := w.table.at(i)
 	bits := uint8(tcpACK)
-	if fl.flags&readable == 0 {
+	if last && fl.flags&readable == 0 {
 		bits |= tcpPSH
 	}
 	seq := fl.sndNxt
@@ -393,40 +476,6 @@ func (w *worker) segmentFor(b *frame.Batch, f *frame.Frame, i int32, n int, at l
 	f.Token = uint32(i) + 1
 	if n > int(fl.mss) {
 		f.GSO, f.GSOSize = frame.GSOTCPv4, fl.mss
-	}
-	switch {
-	case at.bufs != nil:
-		r := at.bufs
-		f.RxAt, f.RxBufs = uint16(r.used), covering(r.bufs[r.used:], frame.VnetHdrMrgLen+headLen+n)
-		tail := b.Segs(int(f.RxBufs))
-		skip, left := frame.VnetHdrMrgLen+headLen, n
-		for k := r.used; left > 0 && tail != nil; k++ {
-			p := r.bufs[k]
-			if skip >= len(p) {
-				skip -= len(p)
-				continue
-			}
-			p = p[skip:]
-			skip = 0
-			p = p[:min(len(p), left)]
-			left -= len(p)
-			tail = append(tail, p)
-		}
-		f.Tail = tail
-		r.used += int(f.RxBufs)
-	default:
-		inHead := min(n, frame.HeadSize-headLen)
-		f.HeadLen += uint16(inHead)
-		if n > inHead {
-			f.Tail = append(b.Segs(1), at.buf[:n-inHead])
-		}
-		b.TrimAlloc(at.alloc - (n - inHead))
-	}
-	switch {
-	case n >= shortRead || fl.flags&bulk != 0 && n >= bulkMin:
-		fl.flags |= bulk
-	default:
-		fl.flags &^= bulk
 	}
 	fl.sndNxt += uint32(n)
 	if before(fl.sndMax, fl.sndNxt) {
