@@ -18,6 +18,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"syscall"
 	"time"
 
@@ -28,6 +29,7 @@ import (
 type options struct {
 	quick   bool
 	only    string
+	columns string
 	rounds  int
 	seconds float64
 	flags   string
@@ -47,6 +49,7 @@ func main() {
 	var o options
 	flag.BoolVar(&o.quick, "quick", false, "the cells that say most, in less than three minutes")
 	flag.StringVar(&o.only, "only", "", "`REGEXP` of the titles to measure, out of all; see -list")
+	flag.StringVar(&o.columns, "columns", "", "`REGEXP` of what is measured beside sidewire, out of all")
 	flag.IntVar(&o.rounds, "rounds", 0, "`N` rounds, each with every subject (default 5, quick 2)")
 	flag.Float64Var(&o.seconds, "seconds", 0, "`SECONDS` of each measurement (default 2, quick 0.5)")
 	flag.StringVar(&o.flags, "flags", "", "further flags for sidewire run")
@@ -95,11 +98,18 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
 	}
+	columns, err := regexp.Compile(o.columns)
+	if err != nil {
+		return fmt.Errorf("-columns: %w", err)
+	}
 	p := &programs{self: self(), flags: o.flags}
 	if p.against, err = findRival(o.against); err != nil {
 		return fmt.Errorf("-against: %w", err)
 	}
 	trials := pick(p.trials(o), only)
+	for _, t := range trials {
+		t.Subjects = slices.DeleteFunc(t.Subjects, func(name string) bool { return name != t.Subjects[0] && !columns.MatchString(name) })
+	}
 	if len(trials) == 0 {
 		return errors.New("nothing to measure: no title matches -only")
 	}
