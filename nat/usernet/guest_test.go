@@ -33,6 +33,7 @@ type kernelGuest struct {
 	*enginetest.NetNS
 	net    *usernet.Net
 	engine *engine.Engine
+	device *vhostuser.Device
 }
 
 type guestOptions struct {
@@ -98,7 +99,7 @@ func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
 		assert.NoError(t, n.Close())
 	})
 	enginetest.Must(t, ns.SetMTU("eth0", o.mtu), ns.Addr("eth0", "10.0.2.15/24"), ns.Route("0.0.0.0/0", "10.0.2.2"))
-	return kernelGuest{NetNS: ns, net: n, engine: e}
+	return kernelGuest{NetNS: ns, net: n, engine: e, device: d}
 }
 
 type nowhere struct{}
@@ -179,6 +180,9 @@ func BenchmarkKernelGuest(b *testing.B) {
 					wakeups += w.Wakeups
 					turns += w.Turns
 				}
+				p := g.device.Status().Pairs[0]
+				b.ReportMetric(float64(p.RxBytes)/float64(p.RxFrames), "B/frame-rx")
+				b.ReportMetric(float64(p.RxDirect)/float64(p.RxFrames), "direct")
 				per64k := r.End.Received.Bytes / 65536
 				b.ReportMetric(float64(wakeups)/per64k, "wakeups/64KiB")
 				b.ReportMetric(float64(turns)/per64k, "turns/64KiB")

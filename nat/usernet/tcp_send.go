@@ -20,7 +20,7 @@ const (
 	bulkMin = 2048
 	// pumpTimes is how often a flow may receive in its turn, bulkFrames how many
 	// frames at once.
-	pumpTimes  = 2
+	pumpTimes  = 1
 	bulkFrames = 4
 	// lentHead is what of a frame is not received into the guest's buffers, and
 	// bufferSlack how much longer than that buffers are taken to be.
@@ -481,6 +481,7 @@ func (w *worker) segmentFor(f *frame.Frame, i int32, n int, last bool) {
 	if before(fl.sndMax, fl.sndNxt) {
 		fl.sndMax = fl.sndNxt
 	}
+	w.brought += n
 	if fl.rtxDue == 0 {
 		w.startRTO(i)
 	}

@@ -10,6 +10,9 @@ import (
 )
 
 const (
+	// batchBytes is how much TCP makes a batch: the guest works on one while the
+	// next one is received.
+	batchBytes = 256 << 10
 	// lookEvery is how long, in nanoseconds, a worker that has things to bring to
 	// the guest does not ask for more.
 	lookEvery = 50_000
@@ -47,6 +50,7 @@ type worker struct {
 	// blocked says that all ready flows wait for buffers of the guest's.
 	blocked bool
 	looked  int64 // when events were asked for last
+	brought int   // bytes of TCP in this batch
 	frags   reassembler
 	limits  rateLimit
 	stats   Stats
@@ -363,10 +367,10 @@ func (w *worker) socketEvent(b *frame.Batch, i int32, events uint32) {
 // pump lets the flows that may have something for the guest bring it, each as
 // much as is fair, while the batch has room.
 func (w *worker) pump(b *frame.Batch) {
-	w.blocked = false
+	w.blocked, w.brought = false, 0
 	waiting := true
 	for i := w.readyHead; i != none; {
-		if b.Len() >= frame.BatchSize {
+		if b.Len() >= frame.BatchSize || w.brought >= batchBytes {
 			return
 		}
 		f := w.table.at(i)
