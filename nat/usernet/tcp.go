@@ -461,8 +461,12 @@ func (w *worker) ackSoon(i int32) {
 
 // discardMin is how many acknowledged bytes stay in a socket, while more are
 // under way, before they are taken off: each time the kernel thinks about
-// telling its peer.
-const discardMin = 128 << 10
+// telling its peer. When nothing is under way, discardFew bytes or up to 16
+// answers of few bytes stay.
+const (
+	discardMin = 128 << 10
+	discardFew = 512
+)
 
 // discard takes bytes that the guest has acknowledged off the socket's queue.
 func (w *worker) discard(fl *flow) {
@@ -482,7 +486,7 @@ func (w *worker) discard(fl *flow) {
 func (w *worker) tcpSettle(b *frame.Batch, i int32) {
 	fl := w.table.at(i)
 	if fl.fd >= 0 {
-		if fl.sndUna == fl.sndMax || fl.sndUna-fl.base >= discardMin {
+		if lag := fl.sndUna - fl.base; lag >= discardMin || fl.sndUna == fl.sndMax && (lag >= discardFew || fl.sndUna%16 == 0) {
 			w.discard(fl)
 		}
 		if fl.flags&(guestFin|finAcked) == guestFin|finAcked {

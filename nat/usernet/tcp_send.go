@@ -26,8 +26,8 @@ const (
 	// bufferSlack how much longer than that buffers are taken to be.
 	lentHead    = frame.VnetHdrMrgLen + headLen
 	bufferSlack = 2048
-	// keepEdge is how much window is enough not to ask for more with each
-	// small segment.
+	// keepEdge, or 8 segments, is how much window is enough not to ask for more
+	// with each small segment.
 	keepEdge = 48 << 10
 	// peekScratch takes what a kernel without SO_PEEK_OFF for TCP (before Linux
 	// 6.9) hands out once more.
@@ -83,7 +83,7 @@ func (w *worker) emitACK(b *frame.Batch, i int32) {
 // keepWindow opens the guest's window unless it is wide enough: to ask the
 // kernel with each small segment would cost more than to send it.
 func (w *worker) keepWindow(fl *flow) {
-	if int32(fl.rcvEdge-fl.rcvNxt) < keepEdge || fl.rcvNxt-fl.rcvAck >= 4096 || fl.flags&stalled != 0 {
+	if int32(fl.rcvEdge-fl.rcvNxt) < min(keepEdge, 8*int32(fl.mss)) || fl.rcvNxt-fl.rcvAck >= 4096 || fl.flags&stalled != 0 {
 		w.openWindow(fl)
 	}
 }
