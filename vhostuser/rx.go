@@ -48,6 +48,7 @@ type rxRing struct {
 	nSpares       int              // of these, the first ones, which were spares
 	dirty         bool             // something was put and not yet published
 	fresh         bool             // the queue has not been used yet
+	empty         bool             // the guest had no buffer at all in this batch
 	frames, bytes uint64           // delivered and not yet counted
 	direct        uint64           // of the frames, how many lay there already
 	seg           *frame.Segmenter // made when a frame first needs it
@@ -126,6 +127,11 @@ func (r *rxRing) push(fs []*frame.Frame) {
 	defer r.settle()
 	r.begin()
 	for len(fs) > 0 {
+		if r.empty && fs[0].RxBufs == 0 {
+			r.drop(fs[0], frame.NoBuffer) // to look again for each would cost more than to deliver it
+			fs = fs[1:]
+			continue
+		}
 		n := r.deliverRun(fs)
 		if n < len(fs) {
 			if f := fs[n]; f.RxBufs == 0 || !r.commit(f) {
@@ -221,6 +227,7 @@ func (r *rxRing) takesAsIs(f *frame.Frame) bool {
 
 // begin is called before the queue is used.
 func (r *rxRing) begin() {
+	r.empty = false
 	if r.fresh {
 		r.fresh = false
 		r.q.DisableNotify() // buffers are looked for when frames come
@@ -397,6 +404,7 @@ func (r *rxRing) pop() (int, frame.DropReason) {
 		r.rewind()
 		return 0, frame.QueueStopped // settle tells about it
 	}
+	r.empty = r.n == 0
 	r.rewind()
 	return 0, frame.NoBuffer
 }
