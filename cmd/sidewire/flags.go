@@ -5,12 +5,14 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 
 	"sidewire/engine"
+	"sidewire/nat/dns"
 	"sidewire/nat/usernet"
 )
 
@@ -37,6 +39,8 @@ type options struct {
 	poll       string
 	uplinks    list // NETWORK=LINK
 	resolvConf string
+	dnsNames   map[string][]netip.Addr
+	dnsCache   int
 	packed     bool
 	guestTSO   bool
 	compat     bool
@@ -107,6 +111,8 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
 	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network, which is named as in the VMI or by its definition (the pod network's is eth0)")
 	fs.StringVar(&o.resolvConf, "resolv-conf", "", "`FILE` with the pod's resolvers (default: the namespace's own, else /etc/resolv.conf)")
+	fs.Var(dnsNames{&o.dnsNames}, "dns-name", "`NAME=ADDR[,ADDR]` that guests of masquerade and slirp are told, whatever the pod's resolvers say; may be repeated")
+	fs.IntVar(&o.dnsCache, "dns-cache", 0, "keep up to `N` answers of the pod's resolvers for each such guest (default 0: none)")
 	fs.BoolVar(&o.packed, "packed", false, "offer packed virtqueues, on which no guest survives a crash of sidewire")
 	fs.BoolVar(&o.guestTSO, "guest-tso", true, "let guests receive TCP super-frames; off for guests that attach XDP")
 	fs.BoolVar(&o.compat, "dhcp-kubevirt-compat", false, "answer DHCP as KubeVirt's server does, faults included")
@@ -131,6 +137,9 @@ func (o *options) check() error {
 	}
 	if o.mtu != 0 && (o.mtu < 576 || o.mtu > 65535) {
 		return badInput("--mtu %d: want 576 to 65535", o.mtu)
+	}
+	if o.dnsCache < 0 || o.dnsCache > dns.MaxCache {
+		return badInput("--dns-cache %d: want 0 to %d answers", o.dnsCache, dns.MaxCache)
 	}
 	if _, err := o.pollMode(); err != nil {
 		return err

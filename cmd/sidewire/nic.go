@@ -190,6 +190,9 @@ func (n *podNIC) wire(s *server) error {
 // serve lets the frontend connect.
 func (n *podNIC) serve(ctx context.Context, s *server, o *options) error {
 	n.resolve(ctx, s, o)
+	if err := n.dns.missing(); err != nil {
+		return err
+	}
 	return n.listen(ctx, s)
 }
 

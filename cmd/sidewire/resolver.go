@@ -27,12 +27,15 @@ const dnsPort = 53
 // resolver follows the pod's resolv.conf for a guest. Servers that the guest
 // can reach itself are in its lease as they are. Where one is on the pod's
 // loopback, or none has an IPv4 address, a relay is instead, which asks all of
-// them, as a process of the pod.
+// them, as a process of the pod. So it is where the relay knows more than they:
+// it has static names or a cache.
 type resolver struct {
 	relayPlace
 	path  string // of the resolv.conf
 	relay *dns.Server
 	log   *slog.Logger
+	// wanted says that a flag wants the relay, whatever the resolvers are.
+	wanted bool
 
 	mu     sync.Mutex   // guards everything below
 	udp    *net.UDPConn // the relay's from before it serves
@@ -73,7 +76,11 @@ func newResolver(o *options, p relayPlace, log *slog.Logger) (*resolver, error) 
 	if r.conf, err = dhcp.ResolvConf(r.path); err != nil {
 		return nil, badInput("resolvers: %w; name a file with --resolv-conf", err)
 	}
-	r.relay, err = dns.New(dns.Config{Resolvers: r.targets(r.conf), Allow: p.allow, Dial: r.dial})
+	r.wanted = o.relayed()
+	r.leased = r.leased || r.wanted
+	r.relay, err = dns.New(dns.Config{
+		Resolvers: r.targets(r.conf), Allow: p.allow, Dial: r.dial, Names: o.dnsNames, Cache: o.dnsCache,
+	})
 	return r, err
 }
 
@@ -164,13 +171,25 @@ func (r *resolver) serve(ctx context.Context, wg *sync.WaitGroup) {
 		at = r.at
 		var err error
 		udp, tcp, err = r.open(ctx, r.at.String())
-		if r.err = err; err != nil {
+		if r.err = err; err != nil && r.wanted {
+			return // missing says so
+		} else if err != nil {
 			r.log.Warn("the gateway does not answer the guest's DNS queries", "err", err)
 			return
 		}
 	}
 	r.listen = at
 	wg.Go(func() { r.relay.Serve(ctx, udp, tcp) })
+}
+
+// missing is why the relay that a flag wants is not there.
+func (r *resolver) missing() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.err == nil || !r.wanted {
+		return nil
+	}
+	return cannot("--dns-name and --dns-cache: %w", r.err)
 }
 
 // early lets the relay listen before it serves, and whether or not anybody
@@ -187,7 +206,11 @@ func (r *resolver) early(ctx context.Context) (udp, tcp netip.AddrPort, err erro
 // targets are whom the relay asks: everybody but itself.
 func (r *resolver) targets(conf dhcp.Resolv) []netip.AddrPort {
 	var out []netip.AddrPort
-	for _, a := range conf.Servers {
+	servers := conf.Servers
+	if len(servers) == 0 && r.wanted {
+		servers = conf.DNS4(r.shown) // whom the guest would ask itself
+	}
+	for _, a := range servers {
 		switch {
 		case a == r.at.Addr() && r.at.Port() == dnsPort:
 			continue
@@ -291,8 +314,12 @@ func (st ResolverStatus) String() string {
 	case st.Error != "":
 		return "not answered at the gateway: " + st.Error
 	case st.Listen != nil:
-		return fmt.Sprintf("%s asks %v: %d queries, %d answers, %d failures, %d over TCP", st.Listen, st.Asks,
+		s := fmt.Sprintf("%s asks %v: %d queries, %d answers, %d failures, %d over TCP", st.Listen, st.Asks,
 			st.Relay.Queries, st.Relay.Answers, st.Relay.Failures, st.Relay.Conns)
+		if r := st.Relay; r.Static+r.CacheHits+r.CacheMisses > 0 {
+			s += fmt.Sprintf(", %d about static names, %d of %d from the cache", r.Static, r.CacheHits, r.CacheHits+r.CacheMisses)
+		}
+		return s
 	case len(st.Servers) == 0:
 		return fmt.Sprintf("no resolver in %s: the guest asks %v", st.File, st.Leased)
 	}

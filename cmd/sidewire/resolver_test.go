@@ -171,6 +171,48 @@ func TestIPv6ResolverIsTheGateway(t *testing.T) {
 	}
 }
 
+// Names that a flag gives are the guest's, and answers are kept, although it
+// could ask the pod's resolver itself.
+func TestNamesAndCacheOfTheRelay(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
+	flags := []string{"--dns-name", "Db.example=192.0.2.77,2001:db8::77", "--dns-cache", "10"}
+	for path, start := range map[string]func(*testing.T, *enginetest.World, string, ...string) *process{"packet": startSidewire, "socket": startNobody} {
+		t.Run(path, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+			p := start(t, w, spec("vm", 1), flags...)
+			v := startVM(t, p, vhosttest.Options{})
+			assert.Contains(t, v.run("cat", v.dir+"/resolv.conf"), "nameserver 10.0.2.1")
+			for _, how := range []string{"+notcp", "+tcp"} {
+				assert.Equal(t, "192.0.2.77", v.dig(how, "db.EXAMPLE"))
+				assert.Equal(t, "2001:db8::77", v.dig(how, "db.example", "AAAA"))
+				assert.Equal(t, "db.example.", v.dig(how, "-x", "192.0.2.77"))
+				assert.Empty(t, v.dig(how, "db.example", "MX"))
+			}
+			for range 2 {
+				assert.Equal(t, enginetest.OutsideIP, v.dig("+nocookie", enginetest.OutsideName))
+			}
+			st := p.status().Interfaces[0]
+			assert.Equal(t, path, st.Path)
+			r := st.DNS.Relay
+			assert.Equal(t, [4]uint64{8, 1, 1, 1}, [4]uint64{r.Static, r.CacheHits, r.CacheMisses, r.Answers})
+			assert.Contains(t, sidewire(t, "status", "--socket-dir", p.dir).out, "8 about static names, 1 of 2 from the cache")
+		})
+	}
+}
+
+// A relay that a flag wants and that cannot be ends the start.
+func TestNamesWithoutARelay(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	pc, err := w.Pod.ListenPacket("udp4", "0.0.0.0:53")
+	require.NoError(t, err)
+	t.Cleanup(func() { pc.Close() })
+	before := footprint(t, w.Pod)
+	sidewire(t, "run", "-f", writeFile(t, "vmi.yaml", spec("vm", 1)), "--netns", w.Pod.Path, "--socket-dir", socketDir(t), "--resolv-conf", w.ResolvConf,
+		"--dns-name", "db.example=192.0.2.77").says(t, exitMachine, "run", []string{"--dns-name", "a process of the pod listens there"})
+	assert.Empty(t, changes(before, footprint(t, w.Pod)))
+}
+
 // Links of the same name in two namespaces are two links.
 func TestDialByALinkOfTheNamespace(t *testing.T) {
 	enginetest.Need(t, "netns")

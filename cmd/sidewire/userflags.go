@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"sidewire/engine/vmi"
+	"sidewire/nat/dns"
 	"sidewire/nat/usernet"
 )
 
@@ -25,6 +26,27 @@ func (r rules) Set(s string) error {
 	*r.list = append(*r.list, rule)
 	return nil
 }
+
+// dnsNames is a flag for names that the relay knows itself.
+type dnsNames struct{ names *map[string][]netip.Addr }
+
+func (d dnsNames) String() string { return "" }
+
+func (d dnsNames) Set(s string) error {
+	name, addrs, err := dns.ParseName(s)
+	if err != nil {
+		return err
+	}
+	if *d.names == nil {
+		*d.names = map[string][]netip.Addr{}
+	}
+	(*d.names)[name] = append((*d.names)[name], addrs...)
+	return nil
+}
+
+// relayed says whether guests must ask the relay, because it knows what no
+// resolver does.
+func (o *options) relayed() bool { return len(o.dnsNames) > 0 || o.dnsCache > 0 }
 
 // policy is what the flags say of where guests may go.
 func (o *options) policy() usernet.Policy { return usernet.Policy{Rules: o.rules} }
@@ -46,6 +68,9 @@ func checkUserFlags(o *options, p *plan) error {
 		case f.given && len(p.users) == 0:
 			return badInput("%s: no interface is for it, which is for slirp and --path socket", f.name)
 		}
+	}
+	if o.relayed() && len(p.pods)+len(p.users) == 0 {
+		return badInput("--dns-name and --dns-cache: no interface is for them, which are for masquerade and slirp")
 	}
 	for _, text := range o.forward {
 		name, fs, err := parseUserForward(text)

@@ -14,6 +14,11 @@
 // rather than nothing. Over TCP this goes by the first message of a connection,
 // whose others follow it.
 //
+// Two things it knows itself, if it is told to. Static names ([Config.Names])
+// are answered here, and nobody else is asked about them. A cache
+// ([Config.Cache]) gives what a resolver has said over UDP to who asks exactly
+// the same again, for as long as that holds.
+//
 // Guests are not trusted: what they can have in flight is bounded, everything
 // has a deadline, and only their own network is answered. Resolvers are
 // trusted for what they say, not for how they say it.
@@ -25,6 +30,7 @@ package dns
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -53,6 +59,15 @@ type Config struct {
 	// MaxQueries and MaxConns bound the UDP queries and TCP connections in
 	// flight: 128, 32.
 	MaxQueries, MaxConns int
+	// Names are answered here: their A, AAAA, and the PTR of their addresses.
+	// Whatever else is asked about them does not exist. Capital and small
+	// letters are the same, and a dot at the end makes no difference.
+	Names map[string][]netip.Addr
+	// Cache is how many answers are kept, at most MaxCache; 0 is none. They
+	// take 4 MiB at most.
+	Cache int
+	// Now is the clock of the cache; nil is time.Now.
+	Now func() time.Time
 }
 
 // Stats count what happened since New. Rates and sums are the reader's.
@@ -69,11 +84,18 @@ type Stats struct {
 	ConnFailures uint64 `json:"connFailures"` // no resolver took the first message
 	ConnOverflow uint64 `json:"connOverflow"` // connections beyond MaxConns
 	InFlight     int    `json:"inFlight"`     // queries and connections now
+	Static       uint64 `json:"static"`       // answers about static names, over UDP and TCP
+	Faults       uint64 `json:"faults"`       // queries about those that could not be handled at all
+	CacheHits    uint64 `json:"cacheHits"`    // answers from the cache, over UDP and TCP
+	CacheMisses  uint64 `json:"cacheMisses"`  // queries whose answer might have been there
+	CacheEntries int    `json:"cacheEntries"` // answers there now
+	CacheBytes   int    `json:"cacheBytes"`   // what they take
 }
 
 type counters struct {
 	queries, answers, failures, retries, mismatches, malformed, refused, overflows atomic.Uint64
 	conns, connFailures, connOverflow                                              atomic.Uint64
+	static, faults, hits, misses                                                   atomic.Uint64
 }
 
 // retryFirst is how long a resolver that was silent is not asked first.
@@ -86,6 +108,8 @@ type Server struct {
 	// queries and conns hold a token for each one in flight.
 	queries, conns chan struct{}
 	exchanges      sync.Pool // of *exchange
+	statics        statics
+	cache          *cache // nil if there is none
 	stats          counters
 }
 
@@ -103,6 +127,9 @@ func New(c Config) (*Server, error) {
 	if !c.Allow.IsValid() {
 		return nil, errors.New("dns: no network is allowed to ask")
 	}
+	if c.Cache < 0 || c.Cache > MaxCache {
+		return nil, fmt.Errorf("dns: a cache of %d answers: at most %d", c.Cache, MaxCache)
+	}
 	if c.Dial == nil {
 		c.Dial = new(net.Dialer).DialContext
 	}
@@ -112,6 +139,16 @@ func New(c Config) (*Server, error) {
 	orElse(&c.MaxConns, 32)
 	s := &Server{c: c, queries: make(chan struct{}, c.MaxQueries), conns: make(chan struct{}, c.MaxConns)}
 	s.exchanges.New = func() any { return new(exchange) }
+	var err error
+	if s.statics, err = newStatics(c.Names); err != nil {
+		return nil, fmt.Errorf("dns: static names: %w", err)
+	}
+	if c.Cache > 0 {
+		if c.Now == nil {
+			c.Now = time.Now
+		}
+		s.cache = newCache(c.Cache, c.Now)
+	}
 	s.SetResolvers(c.Resolvers)
 	return s, nil
 }
@@ -124,9 +161,12 @@ func orElse[T comparable](v *T, def T) {
 }
 
 // SetResolvers makes these the resolvers that are asked from now on, in order.
-// With none, every query fails.
+// With none, every query fails. What others have said is forgotten.
 func (s *Server) SetResolvers(addrs []netip.AddrPort) {
 	s.resolvers.Store(&resolverList{addrs: slices.Clone(addrs)})
+	if s.cache != nil {
+		s.cache.flush() // after the change, so that no old answer comes later
+	}
 }
 
 // Resolvers are those that are asked.
@@ -135,12 +175,43 @@ func (s *Server) Resolvers() []netip.AddrPort { return slices.Clone(s.resolvers.
 // Stats returns the counters.
 func (s *Server) Stats() Stats {
 	c := &s.stats
-	return Stats{
+	st := Stats{
 		Queries: c.queries.Load(), Answers: c.answers.Load(), Failures: c.failures.Load(), Retries: c.retries.Load(),
 		Mismatches: c.mismatches.Load(), Malformed: c.malformed.Load(), Refused: c.refused.Load(),
 		Overflows: c.overflows.Load(), Conns: c.conns.Load(), ConnFailures: c.connFailures.Load(),
 		ConnOverflow: c.connOverflow.Load(), InFlight: len(s.queries) + len(s.conns),
+		Static: c.static.Load(), Faults: c.faults.Load(), CacheHits: c.hits.Load(), CacheMisses: c.misses.Load(),
 	}
+	if s.cache != nil {
+		st.CacheEntries, st.CacheBytes = s.cache.length()
+	}
+	return st
+}
+
+// knows says whether there is anything that could be answered here.
+func (s *Server) knows() bool { return len(s.statics) > 0 || s.cache != nil }
+
+// here answers a query that needs no resolver, behind what is in buf: done says
+// that it did, and an answer no longer than buf that there is none. key, made in
+// the memory of the last one, is what a resolver's answer is kept by, empty if
+// it is not kept.
+func (s *Server) here(buf, key, query []byte, name, end int, tcp bool) (answer, keyed []byte, done bool) {
+	if answer, done = s.static(buf, query, name, end, tcp); done || s.cache == nil {
+		return answer, key[:0], done
+	}
+	key, limit := cacheKey(key, query, name, end)
+	if len(key) == 0 {
+		return buf, key, false
+	}
+	if tcp {
+		limit = maxMessage
+	}
+	if answer, done = s.cache.get(buf, key, query, name, limit); done {
+		s.stats.hits.Add(1)
+	} else {
+		s.stats.misses.Add(1)
+	}
+	return answer, key, done
 }
 
 // Serve answers on both sockets until ctx ends, closes them, and returns when

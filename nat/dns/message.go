@@ -8,13 +8,23 @@ const (
 
 	flagQR     = 0x8000 // a response
 	maskOpcode = 0x7800
+	flagAA     = 0x0400
+	flagTC     = 0x0200
 	flagRD     = 0x0100
 	maskRcode  = 0x000f
 
 	rcodeFormErr  = 1
 	rcodeServFail = 2
+	rcodeNXDomain = 3
 	rcodeNotImp   = 4
 	rcodeRefused  = 5
+
+	typeSOA  = 6
+	typeSIG  = 24
+	typeOPT  = 41
+	typeTSIG = 250
+
+	minSize = 512 // of an answer over UDP that everybody takes
 )
 
 func flags(msg []byte) uint16   { return binary.BigEndian.Uint16(msg[2:]) }
@@ -89,6 +99,58 @@ func lower(c byte) byte {
 		c += 'a' - 'A'
 	}
 	return c
+}
+
+// appendLower appends a name in small letters; ok is false if it has a pointer.
+func appendLower(dst, name []byte) (out []byte, ok bool) {
+	for at := 0; at < len(name); at += 1 + int(name[at]) {
+		if name[at]&0xc0 != 0 {
+			return dst, false
+		}
+	}
+	for _, c := range name {
+		dst = append(dst, lower(c)) // lengths of labels are no letters
+	}
+	return dst, true
+}
+
+// record is what matters of a resource record (section 4.1.3).
+type record struct {
+	typ   uint16
+	ttl   uint32
+	ttlAt int // in the message
+	rdlen int
+}
+
+// readRecord reads the record at at; next is behind it.
+func readRecord(msg []byte, at int) (r record, next int, ok bool) {
+	for {
+		if at >= len(msg) {
+			return r, 0, false
+		}
+		n := int(msg[at])
+		at++
+		if n&0xc0 == 0xc0 { // a pointer ends the name (section 4.1.4)
+			at++
+			break
+		}
+		if n&0xc0 != 0 {
+			return r, 0, false
+		}
+		if n == 0 {
+			break
+		}
+		at += n
+	}
+	if at+10 > len(msg) {
+		return r, 0, false
+	}
+	r = record{
+		typ: binary.BigEndian.Uint16(msg[at:]), ttl: binary.BigEndian.Uint32(msg[at+4:]), ttlAt: at + 4,
+		rdlen: int(binary.BigEndian.Uint16(msg[at+8:])),
+	}
+	next = at + 10 + r.rdlen
+	return r, next, next <= len(msg)
 }
 
 // failure makes a query, as far as its question, the answer that it failed.

@@ -48,7 +48,11 @@ func (s *Server) serveTCP(ctx context.Context, l *net.TCPListener, wg *sync.Wait
 			defer func() { <-s.conns }()
 			defer c.Close()
 			defer context.AfterFunc(ctx, func() { c.Close() })()
-			s.join(ctx, c)
+			if s.knows() {
+				s.joinByMessage(ctx, c)
+			} else {
+				s.join(ctx, c)
+			}
 		})
 	}
 }

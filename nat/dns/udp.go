@@ -17,11 +17,16 @@ type exchange struct {
 	name, end int // of the question
 	answer    [maxMessage]byte
 	declined  []byte // the first answer of a resolver that declines
+	// key is what the answer is kept by in the cache, of that generation; empty
+	// if it is not.
+	key        []byte
+	generation uint64
 }
 
 // serveUDP reads queries until the socket is closed.
 func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGroup) {
 	b := make([]byte, maxMessage)
+	var known, key []byte
 	for {
 		n, from, err := pc.ReadFromUDPAddrPort(b)
 		if err != nil {
@@ -46,6 +51,13 @@ func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGro
 			continue
 		}
 		s.stats.queries.Add(1)
+		var done bool
+		if known, key, done = s.here(known[:0], key, query, name, end, false); done {
+			if len(known) > 0 {
+				_, _ = pc.WriteToUDPAddrPort(known, from)
+			}
+			continue
+		}
 		select {
 		case s.queries <- struct{}{}:
 		default:
@@ -54,6 +66,9 @@ func (s *Server) serveUDP(ctx context.Context, pc *net.UDPConn, wg *sync.WaitGro
 		}
 		x := s.exchanges.Get().(*exchange)
 		x.query, x.name, x.end, x.declined = append(x.query[:0], query...), name, end, x.declined[:0]
+		if x.key = append(x.key[:0], key...); len(key) > 0 {
+			x.generation = s.cache.current()
+		}
 		wg.Go(func() {
 			s.relay(ctx, pc, from, x)
 			s.exchanges.Put(x)
@@ -83,6 +98,9 @@ func (s *Server) relay(ctx context.Context, pc *net.UDPConn, to netip.AddrPort, 
 	case answered:
 		msg = x.answer[:n]
 		s.stats.answers.Add(1)
+		if len(x.key) > 0 {
+			s.cache.put(x.key, msg, x.name, x.end, x.generation)
+		}
 	case declined:
 		msg = x.declined
 		s.stats.answers.Add(1)
