@@ -313,12 +313,12 @@ func (w *worker) gather(b *frame.Batch, f *frame.Frame, i int32, s *segment, ski
 		return
 	}
 	o.flow = i
-	w.pieces(f, s.at+skip, s.len-skip)
-	o.fin = s.flags&tcpFIN != 0
+	o.fin = w.pieces(f, s.at+skip, s.len-skip) && s.flags&tcpFIN != 0
 }
 
-// pieces adds n bytes of a frame, from an offset on, to what is sent.
-func (w *worker) pieces(f *frame.Frame, at, n int) {
+// pieces adds n bytes of a frame, from an offset on, to what is sent. It reports
+// whether there was room for all of them.
+func (w *worker) pieces(f *frame.Frame, at, n int) bool {
 	o := &w.out
 	o.bytes += n
 	add := func(p []byte) {
@@ -346,6 +346,7 @@ func (w *worker) pieces(f *frame.Frame, at, n int) {
 		at = 0
 	}
 	o.bytes -= n // what did not find room is not sent
+	return n == 0
 }
 
 // gatherUrgent sends a segment with an urgent byte, which stays one (RFC 6093:
@@ -360,7 +361,9 @@ func (w *worker) gatherUrgent(b *frame.Batch, f *frame.Frame, i int32, s *segmen
 			return
 		}
 		w.out.flow = i
-		w.pieces(f, s.at+mark, part.n)
+		if !w.pieces(f, s.at+mark, part.n) {
+			return
+		}
 		mark++
 		if part.flags != 0 {
 			w.flushWith(b, part.flags)
@@ -435,6 +438,7 @@ func (w *worker) ackArrives(b *frame.Batch, i int32, s *segment) bool {
 	fl.sndUna, fl.sndWnd = s.ack, wnd
 	if before(fl.sndNxt, s.ack) {
 		fl.sndNxt = s.ack // what was to be sent again had arrived
+		w.seek(fl)
 	}
 	fl.backoff, fl.dupAcks = 0, 0
 	w.measure(fl, s.ack)
@@ -477,8 +481,14 @@ func (w *worker) discard(fl *flow) {
 	if int32(n) <= 0 {
 		return
 	}
-	discard(fl.fd, int(n))
-	fl.base += n
+	for n > 0 { // the kernel stops at an urgent byte
+		k, errno := discard(fl.fd, int(n))
+		if errno != 0 || k <= 0 {
+			return
+		}
+		fl.base += uint32(k)
+		n -= uint32(k)
+	}
 }
 
 // tcpSettle ends a batch for a flow: bytes that the guest has acknowledged leave

@@ -164,7 +164,8 @@ func (w *worker) hostRefuses(b *frame.Batch, i int32, errno unix.Errno) {
 	switch errno {
 	case unix.ENETUNREACH:
 		code = codeNet
-	case unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ETIMEDOUT, unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM:
+	case unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ETIMEDOUT, unix.EADDRNOTAVAIL, unix.EAGAIN, unix.ENOBUFS, unix.ENOMEM,
+		unix.EMFILE, unix.ENFILE, unix.ENOSPC:
 	case unix.EACCES, unix.EPERM:
 		code = codeProhibited
 	default:

@@ -209,8 +209,8 @@ func (w *worker) tcpPump(b *frame.Batch, i int32) pumped {
 func (w *worker) maySend(i int32) int {
 	fl := w.table.at(i)
 	flight := fl.sndNxt - fl.sndUna
-	if fl.flags&hostFin != 0 {
-		return 0
+	if fl.flags&hostFin != 0 && !before(fl.sndNxt, fl.sndMax-1) {
+		return 0 // what is before the FIN is on its way
 	}
 	wnd := min(fl.sndWnd, fl.cwnd)
 	if flight >= wnd {
@@ -220,7 +220,9 @@ func (w *worker) maySend(i int32) int {
 		return 0
 	}
 	n := wnd - flight
-	if n < uint32(fl.mss) && flight > 0 {
+	if fl.flags&hostFin != 0 {
+		n = min(n, fl.sndMax-1-fl.sndNxt)
+	} else if n < uint32(fl.mss) && flight > 0 {
 		return 0 // RFC 9293, 3.8.6.2.1: more is on its way to be acknowledged
 	}
 	if n > maxPayload {
@@ -497,12 +499,25 @@ func (w *worker) notDelivered(f *frame.Frame) {
 		return
 	}
 	fl.sndNxt = seq
-	if fl.flags&peekOff != 0 {
-		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(seq-fl.base))
+	w.seek(fl)
+	if f.Head[l4+13]&tcpURG != 0 {
+		w.mark(i, seq)
 	}
+	// A full ring is no loss in a network, and the time that it takes no round
+	// trip.
+	fl.rttAt = 0
+	w.startRTO(i)
 	// Nobody tells when there are buffers: it tries again soon.
 	fl.flags |= readable | retry
 	w.timer0(i, w.tick+1)
+}
+
+// seek has the next peek find what is to be sent next. It is called when that is
+// not what follows the last peek.
+func (w *worker) seek(fl *flow) {
+	if fl.flags&peekOff != 0 {
+		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(fl.sndNxt-fl.base))
+	}
 }
 
 // covering is how many of the buffers n bytes take.

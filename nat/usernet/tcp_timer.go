@@ -94,7 +94,11 @@ func (w *worker) grow(b *frame.Batch, i int32, acked uint32) {
 // sign of loss (RFC 5681, 3.2).
 func (w *worker) duplicateACK(b *frame.Batch, i int32, s *segment, wnd uint32) {
 	fl := w.table.at(i)
-	if s.len > 0 || s.flags&(tcpSYN|tcpFIN) != 0 || wnd != fl.sndWnd || fl.sndUna == fl.sndMax {
+	if s.len > 0 || s.flags&(tcpSYN|tcpFIN) != 0 || wnd != fl.sndWnd || fl.sndUna == fl.sndNxt {
+		if wnd > 0 && fl.sndWnd == 0 && fl.sndUna != fl.sndMax {
+			fl.backoff = 0 // what it closed its window over may be sent again soon
+			w.startRTO(i)
+		}
 		if wnd > fl.sndWnd && fl.flags&readable != 0 {
 			fl.backoff = 0
 			w.ready(i)
@@ -147,9 +151,10 @@ func (w *worker) retransmit(b *frame.Batch, i int32) {
 	w.msg.SetIovlen(1)
 	setIov(&w.iovs[0], buf)
 	got, errno := recvmsg(fl.fd, &w.msg, unix.MSG_PEEK)
-	if fl.flags&peekOff != 0 {
-		setInt(fl.fd, unix.SOL_SOCKET, unix.SO_PEEK_OFF, int32(fl.sndNxt-fl.base))
+	if errno == 0 && before(fl.sndNxt, fl.sndUna+uint32(got)) {
+		fl.sndNxt = fl.sndUna + uint32(got) // it had been taken back: see notDelivered
 	}
+	w.seek(fl)
 	if errno != 0 || got <= 0 {
 		b.Undo()
 		b.TrimAlloc(n)
@@ -211,7 +216,7 @@ func (w *worker) rtxTimeout(b *frame.Batch, i int32) bool {
 		fl.rtxDue = 0
 		return true
 	}
-	if fl.backoff++; fl.backoff > maxBackoff && fl.sndUna != fl.sndMax {
+	if fl.backoff++; fl.backoff > maxBackoff && fl.sndUna != fl.sndMax && !w.probed(fl) {
 		w.emit(b, fl, fl.sndNxt, tcpRST|tcpACK)
 		w.abort(i)
 		return false
@@ -229,6 +234,16 @@ func (w *worker) rtxTimeout(b *frame.Batch, i int32) bool {
 	fl.mark = fl.sndMax
 	w.retransmit(b, i)
 	w.startRTO(i)
+	return true
+}
+
+// probed says whether the guest has closed its window over what is under way and
+// still answers: it may do so for as long as it likes (RFC 9293, 3.8.6.1).
+func (w *worker) probed(fl *flow) bool {
+	if fl.sndWnd != 0 || int64(w.seen()-fl.seen)<<(tickShift+seenShift) > 3*maxRTO {
+		return false
+	}
+	fl.backoff = maxBackoff
 	return true
 }
 

@@ -22,12 +22,18 @@ func (w *worker) seeUrgent(i int32) {
 	if errno != 0 || before(mark, fl.sndNxt) {
 		return // the guest has it already, as data
 	}
+	w.mark(i, mark)
+	fl.flags |= readable
+	w.ready(i)
+}
+
+// mark notes the place of an urgent byte.
+func (w *worker) mark(i int32, at uint32) {
 	if w.marks == nil {
 		w.marks = map[int32]uint32{}
 	}
-	w.marks[i] = mark
-	fl.flags |= urgent | readable
-	w.ready(i)
+	w.marks[i] = at
+	w.table.at(i).flags |= urgent
 }
 
 // toMark keeps a segment from reaching over an urgent byte, which goes by

@@ -347,7 +347,7 @@ func (n *Net) follow(from, to *worker) {
 	z.mu.Lock()
 	defer z.mu.Unlock()
 	for _, m := range from.moving {
-		if f := from.table.at(m.flow); f.gen == m.gen && f.state != stateFree {
+		if f := from.table.at(m.flow); f.gen == m.gen && f.state != stateFree && f.state != stateTimeWait {
 			from.moveTo(to, m.flow)
 		}
 	}

@@ -282,9 +282,7 @@ func (q *Queue) Pull(b *frame.Batch) int {
 	w.begin(b.Now)
 	w.turn()
 	w.events(b)
-	for i := w.wheel.due(w.tick); i != none; i = w.wheel.due(w.tick) {
-		w.expired(b, i)
-	}
+	w.timers(b)
 	w.pump(b)
 	w.finish(b)
 	w.sendDelayed(b)
@@ -296,6 +294,22 @@ func (q *Queue) Pull(b *frame.Batch) int {
 		}
 	}
 	return b.Len()
+}
+
+// timersAtOnce bounds the timers that one turn sees to: one may take a system
+// call or two, and those of flows that were opened together go off together.
+const timersAtOnce = 128
+
+// timers sees to flows whose timers have gone off.
+func (w *worker) timers(b *frame.Batch) {
+	for n := 0; n < timersAtOnce && b.Len() < frame.BatchSize; n++ { // there is room for what they say
+		i := w.wheel.due(w.tick)
+		if i == none {
+			return
+		}
+		w.expired(b, i)
+	}
+	w.full = true // there may be more
 }
 
 // Release implements engine.Queue.
