@@ -4,7 +4,7 @@ T       ?= 60s
 export CGO_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test unit race fuzz bench perf lint check deps clean
+.PHONY: help build demo test unit race soak fuzz bench perf lint check deps clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,9 @@ unit: ## the tests that need nothing but Go
 
 race: ## the unit tests under the race detector (needs a C compiler)
 	CGO_ENABLED=1 $(GO) test -race -short ./...
+
+soak: ## 100k flows at once and floods of a million (as root, for the namespace)
+	SOAK=1 $(GO) test -count=1 -v -timeout 20m -run 'Scale|Hostile' ./nat/usernet
 
 fuzz: ## fuzz every target for T each (T=60s)
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
