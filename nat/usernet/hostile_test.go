@@ -699,3 +699,36 @@ func TestHostileTinyMTU(t *testing.T) {
 		assert.Len(t, a.payload, minMSS)
 	}
 }
+
+// An urgent byte comes while a worker is too busy to ask for events.
+func TestUrgentByteBeforeItsEvent(t *testing.T) {
+	w := newWorld(t)
+	p, c := connected(t, w, 40000)
+	k := w.net.workers[0]
+	rc, err := c.SyscallConn()
+	require.NoError(t, err)
+	got, want := "", ""
+	for range 3 {
+		want += "ab!cd"
+		require.NoError(t, rc.Control(func(fd uintptr) {
+			require.NoError(t, syscall.Sendto(int(fd), []byte("ab!"), syscall.MSG_OOB, nil))
+		}))
+		writes(t, c, "cd")
+		for range 4 {
+			k.table.at(0).flags |= readable
+			k.ready(0)
+			k.looked = w.now
+			w.backlog = append(w.backlog, w.pull(0)...)
+		}
+		for len(got) < len(want) {
+			a := p.expect(nil, func(a *arrived) bool { return len(a.payload) > 0 })
+			require.Equal(t, p.ack, a.tcp.Seq)
+			got += string(a.payload)
+			p.ack += uint32(len(a.payload))
+		}
+		p.raw(tcpACK, "")
+	}
+	assert.Equal(t, want, got)
+	require.NoError(t, c.CloseWrite())
+	p.expect(nil, func(a *arrived) bool { return a.tcp.FIN && a.tcp.Seq == p.ack })
+}

@@ -137,6 +137,8 @@ func (w *worker) connect(i int32, to target) unix.Errno {
 // socket.
 func (w *worker) watchTCP(i int32) error {
 	fl := w.table.at(i)
+	// An urgent byte that is read before its event comes stays in its place.
+	setInt(fl.fd, unix.SOL_SOCKET, unix.SO_OOBINLINE, 1)
 	return w.watch(fl.fd, flowEvents, eventFlow, i, fl.gen)
 }
 
