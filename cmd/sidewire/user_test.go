@@ -320,6 +320,7 @@ func TestSocketFlags(t *testing.T) {
 		{spec("vm", 1, "tcp:80"), "--forward: vm/red takes the packet path", []string{"--path", "packet", "--forward", "80"}},
 		{spec("vm", 1, "tcp:80"), "--mtu: vm/red takes the packet path", []string{"--path", "packet", "--mtu", "9000"}},
 		{onLAN("vm", "blue", 1) + definition("blue", `{"type": "bridge"}`), "--no-host-loopback: no interface is for it, which is for slirp and --path socket", []string{"--no-host-loopback"}},
+		{onLAN("vm", "blue", 1) + definition("blue", `{"type": "bridge"}`), "--dns-name and --dns-cache: no interface is for them", []string{"--dns-cache", "9"}},
 		{spec("vm", 1), "invalid value \"10.1.0.0/8\" for flag -deny: rule \"deny=10.1.0.0/8\": 10.1.0.0/8 has bits behind its length", []string{"--deny", "10.1.0.0/8"}},
 		{spec("vm", 1), "--mtu 100: want 576 to 65535", []string{"--mtu", "100"}},
 		{slirpSpec("vm", "virtio", 1), "--forward nobody=80: no interface nobody that ports are forwarded to; there are: vm/red", []string{"--forward", "nobody=80"}},

@@ -70,7 +70,7 @@ func TestCacheLifetime(t *testing.T) {
 		"truncated":                  {edns(func(m *dns.Msg) { m.Truncated = true }), 0},
 		"signed":                     {edns(func(m *dns.Msg) { m.SetTsig("key.", dns.HmacSHA256, 300, 1) }), 0},
 		"an OPT":                     {edns(func(m *dns.Msg) { m.SetEdns0(1232, false) }), 60 * time.Second},
-		"an OPT with the rcode":      {edns(func(m *dns.Msg) { m.SetEdns0(1232, false); m.Rcode = dns.RcodeBadCookie }), 0},
+		"an OPT with the rcode":      {edns(func(m *dns.Msg) { m.SetEdns0(1232, false); m.Rcode = dns.RcodeBadVers }), 0},
 		"bytes behind the end":       {func(q []byte) [][]byte { return [][]byte{append(with(0, a, nil)(q)[0], 0)} }, 0},
 		"cut":                        {func(q []byte) [][]byte { b := with(0, a, nil)(q)[0]; return [][]byte{b[:len(b)-1]} }, 0},
 		"too long":                   {answers(21, nil), 0},
@@ -184,6 +184,10 @@ func TestCacheKey(t *testing.T) {
 	for i, size := range []uint16{4096, 512, 700, 1232} {
 		r.exchange(query("a.example", dns.TypeTXT, func(m *dns.Msg) { m.SetEdns0(size, false) }))
 		assert.Equal(t, []int{1, 2, 3, 3}[i], u.asks(), size)
+	}
+	for i := range 2 {
+		r.exchange(query("b.example", dns.TypeTXT, nil))
+		assert.Equal(t, 4+i, u.asks(), "without EDNS 512 bytes are all that is sure")
 	}
 }
 
