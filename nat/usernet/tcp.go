@@ -466,10 +466,12 @@ func (w *worker) ackSoon(i int32) {
 // discardMin is how many acknowledged bytes stay in a socket, while more are
 // under way, before they are taken off: each time the kernel thinks about
 // telling its peer. When nothing is under way, discardFew bytes or up to 16
-// answers of few bytes stay.
+// answers of few bytes stay, but for discardTicks at most: the kernel counts the
+// whole buffer that they are the end of, and may have closed its window for it.
 const (
-	discardMin = 128 << 10
-	discardFew = 512
+	discardMin   = 128 << 10
+	discardFew   = 512
+	discardTicks = uint32(50e6 >> tickShift)
 )
 
 // discard takes bytes that the guest has acknowledged off the socket's queue.
@@ -496,8 +498,11 @@ func (w *worker) discard(fl *flow) {
 func (w *worker) tcpSettle(b *frame.Batch, i int32) {
 	fl := w.table.at(i)
 	if fl.fd >= 0 {
-		if lag := fl.sndUna - fl.base; lag >= discardMin || fl.sndUna == fl.sndMax && (lag >= discardFew || fl.sndUna%16 == 0) {
+		switch lag := fl.sndUna - fl.base; {
+		case lag >= discardMin || fl.sndUna == fl.sndMax && (lag >= discardFew || fl.sndUna%16 == 0):
 			w.discard(fl)
+		case lag > 0 && fl.sndUna == fl.sndMax:
+			w.timer0(i, w.tick+discardTicks)
 		}
 		if fl.flags&(guestFin|finAcked) == guestFin|finAcked {
 			w.finished(b, i)

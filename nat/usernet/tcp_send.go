@@ -397,6 +397,8 @@ func (w *worker) nothing(b *frame.Batch, i int32, errno unix.Errno) pumped {
 	case unix.EAGAIN:
 		w.table.at(i).flags &^= readable
 		return pumpDone
+	case unix.EBUSY:
+		return pumpDone // as when the window is full
 	case unix.EFAULT:
 		return pumpWait // the guest's memory is going away, and its ring with it
 	}
@@ -418,6 +420,10 @@ func (w *worker) peek(fl *flow, niov int) (int, unix.Errno) {
 		default:
 			w.net.noPeekOff.Store(true)
 		}
+	}
+	if flight > 0 && fl.flags&peekOff == 0 {
+		w.discard(fl)
+		flight = fl.sndNxt - fl.base
 	}
 	m.Iov = &w.iovs[0]
 	m.SetIovlen(niov)
@@ -450,6 +456,10 @@ func (w *worker) peekBehind(fl *flow, niov, flight int) (int, unix.Errno) {
 		return 0, errno
 	case n > flight:
 		return n - flight, 0
+	}
+	switch all, errno := queued(fl.fd); {
+	case errno == 0 && all > flight:
+		return 0, unix.EBUSY // the kernel stops at an urgent byte, until what is before it is discarded
 	case fl.flags&hangup != 0:
 		return 0, 0
 	}

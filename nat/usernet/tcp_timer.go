@@ -175,6 +175,9 @@ func (w *worker) tcpTimer(b *frame.Batch, i int32) {
 		fl.flags &^= retry
 		w.ready(i)
 	}
+	if fl.state == stateEstablished && fl.sndUna == fl.sndMax {
+		w.discard(fl)
+	}
 	quiet := uint32(w.seen()-fl.seen) << seenShift
 	switch fl.state {
 	case stateTimeWait:
