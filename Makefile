@@ -26,7 +26,7 @@ race: ## the unit tests under the race detector (needs a C compiler)
 	CGO_ENABLED=1 $(GO) test -race -short ./...
 
 soak: ## 100k flows at once and floods of a million (as root, for the namespace)
-	SOAK=1 $(GO) test -count=1 -v -timeout 20m -run 'Scale|Hostile' ./nat/usernet
+	SOAK=1 $(GO) test -count=1 -v -timeout 20m -run 'Scale|Hostile|LosesAtRandom' ./nat/usernet
 
 fuzz: ## fuzz every target for T each (T=60s)
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
