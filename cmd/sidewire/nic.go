@@ -132,6 +132,22 @@ func (n *nic) leaseOptions(c *dhcp.Config, o *options) {
 	}
 }
 
+// resolve lets the guest's names be resolved by r, as the pod's are, and keeps
+// the guest's lease what lease says then.
+func (n *nic) resolve(ctx context.Context, s *server, r *resolver, lease func() dhcp.Config) {
+	ctx, cancel := context.WithCancel(ctx)
+	wait := r.run(ctx, func() {
+		if err := n.dhcp.Update(lease()); err != nil {
+			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
+		}
+	})
+	s.onStop(func() error {
+		cancel()
+		wait()
+		return nil
+	})
+}
+
 // podNIC is an interface behind the address of a pod.
 type podNIC struct {
 	nic
@@ -189,7 +205,7 @@ func (n *podNIC) wire(s *server) error {
 
 // serve lets the frontend connect.
 func (n *podNIC) serve(ctx context.Context, s *server, o *options) error {
-	n.resolve(ctx, s, o)
+	n.resolve(ctx, s, n.dns, func() dhcp.Config { return n.dhcpConfig(o) })
 	if err := n.dns.missing(); err != nil {
 		return err
 	}
@@ -207,21 +223,6 @@ func (n *podNIC) guest() nat.Guest {
 		g.Alias = nat.Alias{Guest: ip4(n.guestIP), Gateway: ip4(n.gateway.Addr())}
 	}
 	return g
-}
-
-// resolve lets the guest's names be resolved, by whom the pod's are.
-func (n *podNIC) resolve(ctx context.Context, s *server, o *options) {
-	ctx, cancel := context.WithCancel(ctx)
-	wait := n.dns.run(ctx, func() {
-		if err := n.dhcp.Update(n.dhcpConfig(o)); err != nil {
-			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
-		}
-	})
-	s.onStop(func() error {
-		cancel()
-		wait()
-		return nil
-	})
 }
 
 // dhcpConfig is what the guest is leased.

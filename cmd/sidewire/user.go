@@ -115,7 +115,7 @@ func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine fu
 	if err := n.publish(s, o); err != nil {
 		return err
 	}
-	n.resolve(ctx, s, o)
+	n.resolve(ctx, s, n.dns, func() dhcp.Config { return n.dhcpConfig(o) })
 	return n.listen(ctx, s)
 }
 
@@ -231,21 +231,6 @@ func (n *userNIC) publish(s *server, o *options) error {
 	log.Warn("no ports are listed, which means all, but without CAP_NET_ADMIN and CAP_NET_RAW only these reach the guest from outside; other ports, and other protocols than TCP and UDP, do not",
 		"ports", forwardList(n.forwards()))
 	return nil
-}
-
-// resolve lets the guest's names be resolved, by whom the pod's are.
-func (n *userNIC) resolve(ctx context.Context, s *server, o *options) {
-	ctx, cancel := context.WithCancel(ctx)
-	wait := n.dns.run(ctx, func() {
-		if err := n.dhcp.Update(n.dhcpConfig(o)); err != nil {
-			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
-		}
-	})
-	s.onStop(func() error {
-		cancel()
-		wait()
-		return nil
-	})
 }
 
 // dhcpConfig is what the guest is leased.
