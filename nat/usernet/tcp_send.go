@@ -18,9 +18,8 @@ const (
 	// bulkMin is what a read must bring for the next to go straight into the
 	// guest's buffers.
 	bulkMin = 2048
-	// pumpTimes is how often a flow may receive in its turn, bulkFrames how many
-	// frames at once.
-	pumpTimes  = 1
+	// bulkFrames is how many long frames a flow may bring in its turn, by one
+	// call.
 	bulkFrames = 4
 	// lentHead is what of a frame is not received into the guest's buffers, and
 	// bufferSlack how much longer than that buffers are taken to be.
@@ -190,19 +189,14 @@ func (w *worker) resetUnknown(b *frame.Batch, f *frame.Frame, s *segment) {
 // tcpPump brings the guest what a connection's socket holds for it.
 func (w *worker) tcpPump(b *frame.Batch, i int32) pumped {
 	fl := w.table.at(i)
-	for range pumpTimes {
-		if fl.flags&readable == 0 || fl.state != stateEstablished {
-			return pumpDone
-		}
-		limit := w.maySend(i)
-		if limit <= 0 {
-			return pumpDone // the guest's acknowledgement makes it ready again
-		}
-		if v := w.tcpReceive(b, i, limit); v != pumpAgain {
-			return v
-		}
+	if fl.flags&readable == 0 || fl.state != stateEstablished {
+		return pumpDone
 	}
-	return pumpAgain
+	limit := w.maySend(i)
+	if limit <= 0 {
+		return pumpDone // the guest's acknowledgement makes it ready again
+	}
+	return w.tcpReceive(b, i, limit)
 }
 
 // maySend is how many bytes the guest's window and congestion let be sent now.
