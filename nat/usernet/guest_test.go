@@ -2,6 +2,8 @@ package usernet_test
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"log/slog"
@@ -69,7 +71,7 @@ func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
 	for i, p := range d.Pairs() {
 		w := i % o.workers
 		p.SetWatcher(e.Worker(w))
-		c.Pairs = append(c.Pairs, usernet.Pair{Worker: w, Room: roomOf(d, i)})
+		c.Pairs = append(c.Pairs, usernet.Pair{Worker: w, Room: d.Reserver(i)})
 	}
 	n, err := usernet.New(c)
 	require.NoError(t, err)
@@ -100,6 +102,12 @@ func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
 	})
 	enginetest.Must(t, ns.SetMTU("eth0", o.mtu), ns.Addr("eth0", "10.0.2.15/24"), ns.Route("0.0.0.0/0", "10.0.2.2"))
 	return kernelGuest{NetNS: ns, net: n, engine: e, device: d}
+}
+
+func sumOf(r io.Reader) string {
+	h := sha256.New()
+	io.Copy(h, r)
+	return hex.EncodeToString(h.Sum(nil))
 }
 
 type nowhere struct{}
