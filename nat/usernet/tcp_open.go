@@ -50,9 +50,7 @@ func (w *worker) tcpOpen(b *frame.Batch, f *frame.Frame) {
 		w.hostConnected(b, i)
 	case unix.EINPROGRESS:
 	default:
-		w.hostRefuses(b, i, errno)
-		f.Drop(frame.NoRoute)
-		return
+		w.hostRefuses(b, i, errno) // counted there
 	}
 	f.Out = frame.Consumed
 }
