@@ -42,7 +42,7 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 			}
 			var err error
 			switch {
-			case i.Network.NAD != nil:
+			case i.Binding == vmi.Bridge && i.Network.NAD != nil:
 				err = p.addLAN(o, n, lans)
 			case onSockets(o, i):
 				p.addUser(o, n)
@@ -89,10 +89,16 @@ func (p *plan) addLAN(o *options, n nic, lans map[string]*lan) error {
 		if err != nil {
 			return err
 		}
-		if cni != "" {
+		switch {
+		case cni != "":
 			l.name, l.cni, links = cni, true, []string{cni}
 			key = netns + " link " + cni
+		case sw.Bridge == "":
+			return noCNILink(n)
 		}
+	} else if sw.Bridge == "" {
+		l.name = links[0]
+		key = netns + " link " + links[0]
 	}
 	if lans[key] == nil {
 		lans[key] = l
@@ -108,6 +114,15 @@ func (p *plan) addLAN(o *options, n nic, lans map[string]*lan) error {
 	l.nics = append(l.nics, g)
 	p.all = append(p.all, g)
 	return nil
+}
+
+// noCNILink says what is missing for a network of a type that we do not stand
+// in for.
+func noCNILink(n nic) error {
+	nad, w := n.iface.Network.NAD, n.iface.Network
+	return badInput("%s: NetworkAttachmentDefinition %s (%s:%d) is of type %q, and the link that its CNI plugin leaves is not there (%s or %s); "+
+		"run the plugin first, name a link with --uplink %s=LINK, or use one of the types that need none: %s",
+		n.name(), nad.Key(), nad.File, nad.Line, nad.Type, w.Link, w.Ordinal, n.iface.Name, strings.Join(vmi.ServedTypes, ", "))
 }
 
 // cniLink is the link that its CNI left for a network, empty if there is none.

@@ -68,7 +68,7 @@ func linkMTU(o *options, vm vmi.VM, i vmi.Interface) (mtu int) {
 		return userMTU(o, netnsOf(o, vm), o.uplinkOf(i.Name), i.Binding == vmi.Slirp)
 	}
 	names := []string{o.uplinkOf(i.Name)}
-	if nad := i.Network.NAD; nad != nil {
+	if nad := i.Network.NAD; nad != nil && nad.Switch != nil {
 		if nad.Switch.MTU != 0 {
 			return nad.Switch.MTU
 		}

@@ -54,9 +54,10 @@ func (docs *Docs) attachFault(v *VMI, networkName string) string {
 		return ""
 	case nad.Config == nil:
 		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no spec.config that can be read", nad.Key(), nad.place())
+	case nad.Switch == nil && nad.Type == "":
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no type in spec.config; write \"type\": \"bridge\"", nad.Key(), nad.place())
 	case nad.Switch == nil:
-		return fmt.Sprintf("not supported yet: NetworkAttachmentDefinition %s (%s) is of type %q; served types are %s",
-			nad.Key(), nad.place(), nad.Type, strings.Join(ServedTypes, ", "))
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) is of type %q, which leaves no link for a bridge; use %[3]s: {}", nad.Key(), nad.place(), nad.Type)
 	}
 	return ""
 }

@@ -192,6 +192,12 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 		d.definition(docs, root)
 	case "KubeVirt", "Kubevirt":
 		d.cluster(docs, root)
+	case "ConfigMap":
+		d.configMap(docs, root)
+	case "SriovNetwork":
+		d.sriovNetwork(docs, root)
+	case "SriovNetworkNodePolicy":
+		d.sriovPolicy(docs, root)
 	case "":
 		return badInput("%s:%d: no kind; a VMI starts with kind: VirtualMachineInstance", d.file, root.Line)
 	case "List":
@@ -275,19 +281,4 @@ func (d *decoder) istio(at *string) func(key string, n *yaml.Node, path string) 
 			*at = path
 		}
 	}
-}
-
-func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
-	c := &docs.Cluster
-	ptr := func(dst **bool) func(*yaml.Node, string) {
-		return func(n *yaml.Node, p string) { b := d.boolean(n, p); *dst = &b }
-	}
-	at := func(key string, next fields) fields {
-		return fields{key: func(n *yaml.Node, p string) { d.object(n, p, false, next) }}
-	}
-	d.object(root, "", false, at("spec", at("configuration", at("network", fields{
-		"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },
-		"permitBridgeInterfaceOnPodNetwork": ptr(&c.PermitBridge),
-		"permitSlirpInterface":              ptr(&c.PermitSlirp),
-	}))))
 }

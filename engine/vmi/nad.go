@@ -3,6 +3,7 @@ package vmi
 import (
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,14 +17,27 @@ type NAD struct {
 	File            string
 	Line            int // where the document starts
 	Annotations     map[string]string
-	Config          []byte  // the CNI configuration, sound JSON; nil if the definition has none
-	Type            string  // the CNI type, or that of the first plugin of a list; may be empty
-	Switch          *Switch // what it asks of a switch; nil if its type is not one of ServedTypes
+	ResourceName    string // annotation k8s.v1.cni.cncf.io/resourceName: what the node has to spare a device of
+	Config          []byte // the CNI configuration, sound JSON; nil if the definition has none
+	Type            string // the CNI type, or that of the first plugin of a list; may be empty
+
+	// At most one is set for what its type hands over, Switch for every type that leaves a link in the pod.
+	Macvtap *MacvtapCNI
+	SRIOV   *SRIOVCNI
+	Switch  *Switch // what it asks of a switch; of a type that is not one of ServedTypes nothing, nor has it a Bridge
 
 	unread bool // there is a configuration, but it cannot be read, which has been said
 }
 
-// ServedTypes are the types of a definition that a switch of sidewire's stands in for.
+// MacvtapCNI is what a definition of type macvtap asks of its link; zero values were not said.
+type MacvtapCNI struct {
+	MTU      int // in bytes
+	MAC      net.HardwareAddr
+	Promisc  bool
+	DeviceID string // name of a macvtap that is there already
+}
+
+// ServedTypes are the types of a definition that a switch of sidewire's stands in for where its CNI left no link.
 var ServedTypes = []string{"bridge", "cnv-bridge", "ovs"}
 
 // Switch is the switch that a definition names, and how its ports are to be.
@@ -99,6 +113,7 @@ func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	if nad.Name == "" {
 		d.fault(root, "metadata.name", "a NetworkAttachmentDefinition needs a name, networks refer to it")
 	}
+	nad.ResourceName = nad.Annotations["k8s.v1.cni.cncf.io/resourceName"]
 	for _, a := range ours {
 		d.annotated(a, nad.Switch)
 	}
@@ -175,8 +190,19 @@ func (d *decoder) cniConfig(n *yaml.Node, path string, nad *NAD) {
 		plugins = []pair{{path, root.Line, root}}
 	}
 	nad.Type = d.pluginType(plugins[0])
-	if !slices.Contains(ServedTypes, nad.Type) {
-		return // whoever refers to it is told
+	switch {
+	case nad.Type == "macvtap":
+		nad.Macvtap = &MacvtapCNI{}
+		return
+	case nad.Type == "sriov":
+		nad.SRIOV = &SRIOVCNI{}
+		nad.Switch = &Switch{Native: true}
+		return
+	case !slices.Contains(ServedTypes, nad.Type):
+		if nad.Type != "" {
+			nad.Switch = &Switch{Native: true}
+		}
+		return
 	}
 	nad.Switch = d.plugin(plugins[0], nad.Type)
 	for _, p := range plugins[1:] {

@@ -50,12 +50,13 @@ type Interface struct {
 // Network is what an interface is joined to. The addresses are valid for the pod network only.
 type Network struct {
 	Pod         bool
-	Default     bool   // the pod network, or a Multus network in its place
-	NetworkName string // of a Multus network: "name" or "namespace/name"
-	Link        string // the pod's link by KubeVirt's naming: eth0, or pod and 11 digits of a hash
-	Ordinal     string // the same by the naming of older releases: net1, net2, ...; empty for eth0
-	NAD         *NAD   // of a Multus network with a bridge, else nil
-	Lease       *Lease // what the definition's ipam gives the guest, nil for nothing
+	Default     bool         // the pod network, or a Multus network in its place
+	NetworkName string       // of a Multus network: "name" or "namespace/name"
+	Link        string       // the pod's link by KubeVirt's naming: eth0, or pod and 11 digits of a hash
+	Ordinal     string       // the same by the naming of older releases: net1, net2, ...; empty for eth0
+	NAD         *NAD         // of a Multus network, nil if its definition is not known
+	Lease       *Lease       // what the definition's ipam gives the guest, nil for nothing
+	Macvtap     *MacvtapPool // what a macvtap is made on, nil for other bindings
 
 	CIDR, CIDR6       netip.Prefix // host bits masked
 	Gateway, Gateway6 netip.Addr   // base + 1; slirp: base + 2
@@ -92,11 +93,17 @@ func Plan(docs Docs) []VM {
 		v := &docs.VMIs[i]
 		vm := v.plan()
 		for j := range vm.Interfaces {
-			if p := &vm.Interfaces[j]; p.Binding == Bridge && p.Network.NetworkName != "" {
-				p.Network.NAD, p.Network.Lease = docs.nadOf(v, p.Network.NetworkName), leases[[2]int{i, j}]
-				if p.MAC == nil {
-					p.MAC = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name)
-				}
+			p := &vm.Interfaces[j]
+			if p.Network.NetworkName == "" {
+				continue
+			}
+			nad := docs.nadOf(v, p.Network.NetworkName)
+			p.Network.NAD, p.Network.Lease = nad, leases[[2]int{i, j}]
+			switch {
+			case p.Binding == Bridge && !p.Network.Default && p.MAC == nil:
+				p.MAC = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name)
+			case p.Binding == Macvtap && nad != nil:
+				p.Network.Macvtap = docs.macvtapPool(nad)
 			}
 		}
 		vms = append(vms, vm)

@@ -81,15 +81,11 @@ type Docs struct {
 	NADs    []NAD
 	Cluster Cluster
 
-	faults []Fault // found while reading: unknown fields, wrong types
-}
+	MacvtapPools []MacvtapPool // of a DP_MACVTAP_CONF; nil without one, see MacvtapAll
+	MacvtapAll   bool          // a DP_MACVTAP_CONF of [] is there: all links are exposed
 
-// Cluster is the network's part of a KubeVirt CR (spec.configuration.network); a nil pointer or an empty
-// string was not said.
-type Cluster struct {
-	DefaultInterface string
-	PermitBridge     *bool // permitBridgeInterfaceOnPodNetwork
-	PermitSlirp      *bool // permitSlirpInterface
+	sriov  []sriovPolicy // of SriovNetworkNodePolicies
+	faults []Fault       // found while reading: unknown fields, wrong types
 }
 
 // VMI is a virtual machine's spec, from a VirtualMachineInstance, a VirtualMachine or the guide's VM.
