@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -93,6 +95,22 @@ func (a *agent) poweroff(*enginetest.GuestCmd, *enginetest.GuestReply) error {
 func (a *agent) file(c *enginetest.GuestCmd, r *enginetest.GuestReply) error {
 	b, err := os.ReadFile(c.Path)
 	r.Data = string(b)
+	return err
+}
+
+func (a *agent) write(c *enginetest.GuestCmd, _ *enginetest.GuestReply) error {
+	return os.WriteFile(c.Path, []byte(c.Data), 0o644)
+}
+
+func (a *agent) program(c *enginetest.GuestCmd, r *enginetest.GuestReply) error {
+	ctx, cancel := context.WithTimeout(context.Background(), c.Timeout)
+	defer cancel()
+	b, err := exec.CommandContext(ctx, c.Path, c.Args...).CombinedOutput()
+	r.Data = string(b)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && ctx.Err() == nil {
+		r.Status, err = exit.ExitCode(), nil
+	}
 	return err
 }
 

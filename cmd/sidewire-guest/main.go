@@ -116,7 +116,7 @@ var commands = map[string]func(*agent, *enginetest.GuestCmd, *enginetest.GuestRe
 	"http_get": (*agent).httpGet, "http_put": (*agent).httpPut,
 	"listen": (*agent).listen, "unlisten": (*agent).unlisten, "peers": (*agent).peers,
 	"tcp": (*agent).tcp, "udp": (*agent).udp, "send": (*agent).send,
-	"file": (*agent).file, "dmesg": (*agent).dmesg, "reboot": (*agent).reboot, "poweroff": (*agent).poweroff,
+	"file": (*agent).file, "write": (*agent).write, "run": (*agent).program, "dmesg": (*agent).dmesg, "reboot": (*agent).reboot, "poweroff": (*agent).poweroff,
 }
 
 // agent is what outlives a command.

@@ -34,6 +34,8 @@ import (
 //	send      If Hex N        sends a raw frame N times
 //	neigh     If              the neighbour table
 //	file      Path            reads a small file, of /proc for instance
+//	write     Path Data       writes one, of /sys for instance
+//	run       Path Args       runs a program to its end: Data what it printed, Status how it ended
 //	dmesg                     the end of the kernel's log
 //	reboot, poweroff
 type GuestCmd struct {
@@ -57,6 +59,7 @@ type GuestCmd struct {
 	Data     string          `json:"data,omitempty"`
 	Hex      string          `json:"hex,omitempty"`
 	Path     string          `json:"path,omitempty"`
+	Args     []string        `json:"args,omitempty"`
 	DF       bool            `json:"df,omitempty"`
 	Interval time.Duration   `json:"interval,omitempty"`
 	// Timeout is how long the guest tries, 20 s unless said otherwise.
@@ -74,8 +77,8 @@ type GuestReply struct {
 	Addrs    []string          `json:"addrs,omitempty"`    // lookup
 	Local    string            `json:"local,omitempty"`    // tcp, udp: our end
 	Peers    []string          `json:"peers,omitempty"`    // peers, neigh: "IP MAC STATE"
-	Data     string            `json:"data,omitempty"`     // tcp, file, dmesg
-	Status   int               `json:"status,omitempty"`   // http
+	Data     string            `json:"data,omitempty"`     // tcp, file, run, dmesg
+	Status   int               `json:"status,omitempty"`   // http, run
 	Body     string            `json:"body,omitempty"`     // http, up to 4 KiB
 	Bytes    int64             `json:"bytes,omitempty"`    // http: how many
 	Sum      string            `json:"sum,omitempty"`      // http: SHA-256 of the body got or sent

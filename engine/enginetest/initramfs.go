@@ -8,10 +8,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -23,15 +25,22 @@ var guestModules = []string{"virtio_pci", "virtio_net"}
 // them; Debian's cloud kernel has none.
 var nicModules = []string{"e1000", "e1000e", "8139cp", "pcnet32", "ne2k-pci"}
 
+// Initramfs is what a guest's initramfs holds.
+type Initramfs struct {
+	Init    string            // the static program that is /init
+	Modules string            // where the kernel's modules are: /lib/modules/VERSION
+	Drivers []string          // modules beside those that every guest has
+	Files   map[string]string // further files, by their paths in the guest
+}
+
 // BuildInitramfs writes an initramfs (newc cpio, not compressed: unpacking is
-// what takes time in an emulated guest) whose /init is the static program
-// init. It carries the kernel modules of a guest, from the directory modules
-// (/lib/modules/VERSION), as /modules/NN-NAME.ko in the order to load them.
-func BuildInitramfs(w io.Writer, init, modules string) error {
-	if err := CheckStatic(init); err != nil {
+// what takes time in an emulated guest). The kernel modules are in it
+// as /modules/NN-NAME.ko in the order to load them.
+func BuildInitramfs(w io.Writer, i Initramfs) error {
+	if err := CheckStatic(i.Init); err != nil {
 		return err
 	}
-	files, err := moduleOrder(modules)
+	files, err := moduleOrder(i.Modules, i.Drivers)
 	if err != nil {
 		return err
 	}
@@ -40,19 +49,24 @@ func BuildInitramfs(w io.Writer, init, modules string) error {
 		c.add(d, 0o040755, nil)
 	}
 	c.device("dev/console", 5, 1)
-	b, err := os.ReadFile(init)
-	if err != nil {
-		return fmt.Errorf("initramfs: %w", err)
+	if err := c.file("init", i.Init); err != nil {
+		return err
 	}
-	c.add("init", 0o100755, b)
-	for i, f := range files {
-		b, err := readModule(filepath.Join(modules, f))
+	for n, f := range files {
+		b, err := readModule(filepath.Join(i.Modules, f))
 		if err != nil {
 			return fmt.Errorf("initramfs: %w", err)
 		}
 		name := path.Base(f)
 		name = name[:strings.Index(name, ".ko")]
-		c.add(fmt.Sprintf("modules/%02d-%s.ko", i, name), 0o100644, b)
+		c.add(fmt.Sprintf("modules/%02d-%s.ko", n, name), 0o100644, b)
+	}
+	made := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(i.Files)) {
+		c.parents(strings.TrimPrefix(name, "/"), made)
+		if err := c.file(strings.TrimPrefix(name, "/"), i.Files[name]); err != nil {
+			return err
+		}
 	}
 	return c.close()
 }
@@ -74,8 +88,8 @@ func CheckStatic(program string) error {
 }
 
 // moduleOrder returns the files of the guest's modules below dir, each behind
-// those that it depends on.
-func moduleOrder(dir string) ([]string, error) {
+// those that it depends on. The kernel must have the drivers.
+func moduleOrder(dir string, drivers []string) ([]string, error) {
 	deps, err := readModulesDep(filepath.Join(dir, "modules.dep"))
 	if err != nil {
 		return nil, fmt.Errorf("initramfs: %w", err)
@@ -102,13 +116,14 @@ func moduleOrder(dir string) ([]string, error) {
 		}
 		order = append(order, f)
 	}
-	for _, m := range append(guestModules[:len(guestModules):len(guestModules)], nicModules...) {
+	needed := append(guestModules[:len(guestModules):len(guestModules)], drivers...)
+	for _, m := range append(needed[:len(needed):len(needed)], nicModules...) {
 		if f := files[moduleName(m)]; f != "" {
 			visit(f)
 		}
 	}
-	for _, m := range guestModules {
-		if files[m] == "" && !bytes.Contains(builtin, []byte("/"+m+".ko")) {
+	for _, m := range needed {
+		if files[moduleName(m)] == "" && !bytes.Contains(builtin, []byte("/"+m+".ko")) {
 			return nil, fmt.Errorf("initramfs: the kernel of %s has no module %s", dir, m)
 		}
 	}
@@ -180,6 +195,27 @@ type cpio struct {
 }
 
 func (c *cpio) add(name string, mode uint32, data []byte) { c.entry(name, mode, 0, 0, data) }
+
+// file adds a copy of a program or a library.
+func (c *cpio) file(name, from string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return fmt.Errorf("initramfs: %w", err)
+	}
+	c.add(name, 0o100755, b)
+	return nil
+}
+
+// parents adds the directories that name is in, but for those made already.
+func (c *cpio) parents(name string, made map[string]bool) {
+	dir := path.Dir(name)
+	if dir == "." || made[dir] {
+		return
+	}
+	c.parents(dir, made)
+	made[dir] = true
+	c.add(dir, 0o040755, nil)
+}
 
 // device adds a character device.
 func (c *cpio) device(name string, major, minor uint32) { c.entry(name, 0o020600, major, minor, nil) }

@@ -46,7 +46,7 @@ func BuildGuestImage(dir, init string) (kernel, initramfs string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	err = BuildInitramfs(f, init, modules)
+	err = BuildInitramfs(f, Initramfs{Init: init, Modules: modules})
 	return kernel, initramfs, errors.Join(err, f.Close())
 }
 

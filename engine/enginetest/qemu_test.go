@@ -57,23 +57,30 @@ func TestModuleOrder(t *testing.T) {
 	write("modules.dep", "k/virtio.ko:\nk/ring.ko: k/virtio.ko\nk/virtio_pci.ko: k/ring.ko k/virtio.ko\n"+
 		"k/net-failover.ko: k/failover.ko\nk/failover.ko:\nk/virtio_net.ko: k/net-failover.ko k/failover.ko k/ring.ko k/virtio.ko\nk/other.ko:\n")
 	write("modules.builtin", "k/e1000.ko\n")
-	got, err := moduleOrder(dir)
+	got, err := moduleOrder(dir, nil)
 	require.NoError(t, err)
 	assert.Equal(t, "k/virtio.ko k/ring.ko k/virtio_pci.ko k/failover.ko k/net-failover.ko k/virtio_net.ko", strings.Join(got, " "))
 
 	write("modules.dep", "k/virtio_pci.ko:\n")
-	_, err = moduleOrder(dir)
+	_, err = moduleOrder(dir, nil)
 	assert.ErrorContains(t, err, "no module virtio_net")
 	write("modules.builtin", "k/virtio_net.ko\n")
-	got, err = moduleOrder(dir)
+	got, err = moduleOrder(dir, nil)
 	require.NoError(t, err)
 	assert.Equal(t, []string{"k/virtio_pci.ko"}, got, "what is built in need not be loaded")
+
+	write("modules.dep", "k/virtio_pci.ko:\nk/core.ko:\nk/vfio-pci.ko: k/core.ko\n")
+	got, err = moduleOrder(dir, []string{"vfio-pci"})
+	require.NoError(t, err)
+	assert.Equal(t, []string{"k/virtio_pci.ko", "k/core.ko", "k/vfio-pci.ko"}, got)
+	_, err = moduleOrder(dir, []string{"igb"})
+	assert.ErrorContains(t, err, "no module igb")
 }
 
 func TestInitramfsRefusesDynamicInit(t *testing.T) {
 	var b bytes.Buffer
-	assert.ErrorContains(t, BuildInitramfs(&b, "/bin/sh", t.TempDir()), "dynamically linked")
-	assert.Error(t, BuildInitramfs(&b, os.DevNull, t.TempDir()))
+	assert.ErrorContains(t, BuildInitramfs(&b, Initramfs{Init: "/bin/sh", Modules: t.TempDir()}), "dynamically linked")
+	assert.Error(t, BuildInitramfs(&b, Initramfs{Init: os.DevNull, Modules: t.TempDir()}))
 }
 
 // TestGuestBoots has QEMU's own user network, so it tests the guest and the

@@ -25,6 +25,8 @@ const (
 	PodIP     = "10.244.1.5"
 	// OutsideName is the name that the outside's DNS server knows itself by.
 	OutsideName = "outside.example"
+	// TFTPName is that of the guide's TFTP server; it has the same address.
+	TFTPName = "tftp.example.com"
 	HTTPPort    = 9000
 )
 
@@ -170,12 +172,13 @@ func (ns *NetNS) Dial(network, addr string, timeout time.Duration) (c net.Conn, 
 func answerDNS(w dns.ResponseWriter, q *dns.Msg) {
 	m := new(dns.Msg)
 	m.SetReply(q)
-	if len(q.Question) == 1 && q.Question[0].Qtype == dns.TypeA && q.Question[0].Name == OutsideName+"." {
+	known := len(q.Question) == 1 && (q.Question[0].Name == OutsideName+"." || q.Question[0].Name == TFTPName+".")
+	if known && q.Question[0].Qtype == dns.TypeA {
 		m.Answer = []dns.RR{&dns.A{
 			Hdr: dns.RR_Header{Name: q.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60},
 			A:   net.ParseIP(OutsideIP),
 		}}
-	} else if len(q.Question) == 1 && q.Question[0].Name != OutsideName+"." {
+	} else if len(q.Question) == 1 && !known {
 		m.Rcode = dns.RcodeNameError
 	}
 	_ = w.WriteMsg(m) // the client asks again
