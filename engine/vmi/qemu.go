@@ -55,7 +55,17 @@ type QEMUOptions struct {
 	KVM       bool // the frontend runs with KVM
 	Client    bool // sidewire dials: QEMU has to listen
 	Packed    bool // offer packed virtqueues
+	// Handoff is what QEMU is given in place of a port of ours, ok if anything: the value of -netdev, whose id has to be
+	// Interface.NetdevID, and properties that its device gets besides; or, with an empty netdev, the device's driver and
+	// its properties. Nil is for none.
+	Handoff func(Interface) (netdev string, device []string, ok bool)
 }
+
+// NetdevID is the id that QEMU knows the interface's network backend by.
+func (i Interface) NetdevID() string { return "net-" + i.Name }
+
+// DeviceID is the id that QEMU knows the interface's NIC by.
+func (i Interface) DeviceID() string { return "nic-" + i.Name }
 
 // maxSocketPath is what sun_path holds before its final NUL.
 const maxSocketPath = 107
@@ -129,6 +139,12 @@ func (b *qemuArgs) machine(vm VM) {
 }
 
 func (b *qemuArgs) add(i Interface) error {
+	if b.o.Handoff != nil {
+		if netdev, device, ok := b.o.Handoff(i); ok {
+			b.handoff(i, netdev, device)
+			return nil
+		}
+	}
 	path := i.SocketPath(b.o.SocketDir)
 	switch {
 	case len(path) > maxSocketPath:
@@ -137,18 +153,40 @@ func (b *qemuArgs) add(i Interface) error {
 		return errors.New("control character in the socket's path; choose another --socket-dir")
 	}
 	if i.Model != "virtio" {
-		b.arg("-netdev", "stream,id=net-"+i.Name+b.stream()+",addr.type=unix,addr.path="+escape(path))
-		b.arg("-device", strings.Join(b.place(i, []string{i.Model, "id=nic-" + i.Name, "netdev=net-" + i.Name}), ","))
+		b.arg("-netdev", "stream,id="+i.NetdevID()+b.stream()+",addr.type=unix,addr.path="+escape(path))
+		b.arg("-device", strings.Join(b.place(i, []string{i.Model, "id=" + i.DeviceID(), "netdev=" + i.NetdevID()}), ","))
 		return nil
 	}
 	b.arg("-chardev", "socket,id=char-"+i.Name+",path="+escape(path)+b.connect())
-	netdev := "vhost-user,id=net-" + i.Name + ",chardev=char-" + i.Name
+	netdev := "vhost-user,id=" + i.NetdevID() + ",chardev=char-" + i.Name
 	if i.QueuePairs > 1 {
 		netdev += ",queues=" + strconv.Itoa(i.QueuePairs)
 	}
 	b.arg("-netdev", netdev)
 	b.arg("-device", b.device(i))
 	return nil
+}
+
+// handoff adds a NIC behind which there is no port of ours.
+func (b *qemuArgs) handoff(i Interface, netdev string, device []string) {
+	if netdev == "" {
+		i.MAC = nil // the device has its own
+		d := append([]string{device[0], "id=" + i.DeviceID()}, device[1:]...)
+		b.arg("-device", strings.Join(b.place(i, d), ","))
+		return
+	}
+	b.arg("-netdev", netdev)
+	if i.Model != "virtio" {
+		d := append([]string{i.Model, "id=" + i.DeviceID(), "netdev=" + i.NetdevID()}, device...)
+		b.arg("-device", strings.Join(b.place(i, d), ","))
+		return
+	}
+	d := append([]string{"virtio-net-pci", "id=" + i.DeviceID(), "netdev=" + i.NetdevID()}, device...)
+	if i.QueuePairs > 1 {
+		d = append(d, "mq=on")
+	}
+	d = append(d, fmt.Sprintf("vectors=%d", 2*i.QueuePairs+2), "rx_queue_size=1024")
+	b.arg("-device", strings.Join(b.place(i, b.virtio(i, d)), ","))
 }
 
 // stream is who dials, and whether again, for a NIC that is not virtio.
@@ -182,7 +220,7 @@ func (b *qemuArgs) connect() string {
 
 // device: a transitional device is what iPXE boots from.
 func (b *qemuArgs) device(i Interface) string {
-	d := []string{"virtio-net-pci", "id=nic-" + i.Name, "netdev=net-" + i.Name}
+	d := []string{"virtio-net-pci", "id=" + i.DeviceID(), "netdev=" + i.NetdevID()}
 	add := func(format string, args ...any) { d = append(d, fmt.Sprintf(format, args...)) }
 	if i.MAC != nil {
 		add("mac=%s", i.MAC)
@@ -201,18 +239,21 @@ func (b *qemuArgs) device(i Interface) string {
 	if b.o.Packed {
 		add("packed=on")
 	}
+	i.MAC = nil // it has its place already
+	return strings.Join(b.place(i, b.virtio(i, d)), ",")
+}
+
+// virtio adds what every virtio NIC may have.
+func (b *qemuArgs) virtio(i Interface, d []string) []string {
 	if b.o.MTU != nil {
-		if mtu := b.o.MTU(i); mtu >= 68 && mtu <= 65535 {
-			add("host_mtu=%d", mtu)
+		if mtu := b.o.MTU(i); mtu >= minMTU && mtu <= maxMTU {
+			d = append(d, fmt.Sprintf("host_mtu=%d", mtu))
 		}
 	}
 	if i.BootOrder > 0 || i.Transitional {
-		add("disable-legacy=off")
-	} else {
-		add("disable-legacy=on")
+		return append(d, "disable-legacy=off")
 	}
-	i.MAC = nil // it has its place already
-	return strings.Join(b.place(i, d), ",")
+	return append(d, "disable-legacy=on")
 }
 
 // place adds what every NIC may have to a device: without a boot order the ROM is off, as KubeVirt has it.

@@ -113,6 +113,30 @@ func TestQEMUArgsStream(t *testing.T) {
 	assert.Equal(t, "rtl8139,id=nic-red,netdev=net-red,bootindex=1,acpi-index=5,bus=pcie.0,addr=07.0,multifunction=on", args[len(args)-1])
 }
 
+// What is handed over takes the place of our port, and has its own place in the guest all the same.
+func TestQEMUArgsHandoff(t *testing.T) {
+	mac := net.HardwareAddr{0xde, 0xad, 0, 0, 0xbe, 0xaf}
+	vm := VM{Name: "v", VCPUs: 2, Memory: 512 << 20, Interfaces: []Interface{
+		{VM: "v", Name: "tap", Model: "virtio", QueuePairs: 2, MAC: mac, PCIAddress: &PCIAddress{Slot: 9}},
+		{VM: "v", Name: "old", Model: "e1000", QueuePairs: 1, MAC: mac},
+		{VM: "v", Name: "vf", Model: "virtio", QueuePairs: 1, MAC: mac, BootOrder: 2},
+	}}
+	args, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: "/x", MTU: func(Interface) int { return 9000 }, Handoff: func(i Interface) (string, []string, bool) {
+		if i.Name == "vf" {
+			return "", []string{"vfio-pci", "host=0000:65:00.2"}, true
+		}
+		return "tap,id=" + i.NetdevID() + ",fds=3:4", []string{"csum=on"}, true
+	}})
+	require.NoError(t, err)
+	assert.Equal(t, []string{
+		"-netdev", "tap,id=net-tap,fds=3:4",
+		"-device", "virtio-net-pci,id=nic-tap,netdev=net-tap,csum=on,mq=on,vectors=6,rx_queue_size=1024,host_mtu=9000,disable-legacy=on,mac=de:ad:00:00:be:af,romfile=,bus=pcie.0,addr=09.0,multifunction=on",
+		"-netdev", "tap,id=net-old,fds=3:4",
+		"-device", "e1000,id=nic-old,netdev=net-old,csum=on,mac=de:ad:00:00:be:af,romfile=",
+		"-device", "vfio-pci,id=nic-vf,host=0000:65:00.2,bootindex=2",
+	}, args[8:])
+}
+
 func TestQEMUVersion(t *testing.T) {
 	for out, want := range map[string]QEMUVersion{
 		"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright": {7, 2},
