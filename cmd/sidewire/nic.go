@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"sidewire/dhcp"
 	"sidewire/engine/frame"
@@ -25,6 +26,7 @@ type nic struct {
 	order  int // among all that are served, as the files have them
 
 	dhcp *dhcp.Server
+	boot *bootServer // nil unless the lease names a TFTP server whose address is to be found
 	// One of the two is the device, by the model.
 	device *vhostuser.Device
 	stream *stream.Device
@@ -130,20 +132,33 @@ func (n *nic) leaseOptions(c *dhcp.Config, o *options) {
 	for _, p := range d.Private {
 		c.Private = append(c.Private, dhcp.PrivateOption{Code: p.Option, Value: p.Value})
 	}
+	if n.boot == nil {
+		n.boot = newBootServer(d.TFTPServer)
+	}
+	n.boot.lease(c)
 }
 
 // resolve lets the guest's names be resolved by r, as the pod's are, and keeps
 // the guest's lease what lease says then.
 func (n *nic) resolve(ctx context.Context, s *server, r *resolver, lease func() dhcp.Config) {
 	ctx, cancel := context.WithCancel(ctx)
-	wait := r.run(ctx, func() {
+	update := func() {
 		if err := n.dhcp.Update(lease()); err != nil {
-			s.log.Warn("the guest's lease keeps the old resolvers", "interface", n.name(), "err", err)
+			s.log.Warn("the guest's lease stays as it was", "interface", n.name(), "err", err)
 		}
+	}
+	wait := r.run(ctx, func() {
+		update()
+		n.boot.again()
 	})
+	var following sync.WaitGroup
+	if n.boot != nil {
+		following.Go(func() { n.boot.follow(ctx, r, update) })
+	}
 	s.onStop(func() error {
 		cancel()
 		wait()
+		following.Wait()
 		return nil
 	})
 }

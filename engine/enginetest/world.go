@@ -27,7 +27,7 @@ const (
 	OutsideName = "outside.example"
 	// TFTPName is that of the guide's TFTP server; it has the same address.
 	TFTPName = "tftp.example.com"
-	HTTPPort    = 9000
+	HTTPPort = 9000
 )
 
 // World is a pod and an outside: two namespaces joined by a veth pair, eth0 in
