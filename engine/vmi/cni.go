@@ -46,21 +46,24 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 		return nil, nil
 	}
 	t := cniText{d: d, places: d.placer(n)}
-	var what string
-	var at int
-	t.json, t.inserted, what, at = mendJSON([]byte(text))
-	if what != "" {
-		line, col := t.first(at)
-		d.warn(&yaml.Node{Line: line}, path, "JSON with a comma %s at line %d, column %d; read as if it were right, but a cluster refuses it", what, line, col)
-	}
+	var slips []slip
+	t.json, t.inserted, slips = mendJSON([]byte(text))
 	if err := json.Unmarshal(t.json, new(json.RawMessage)); err != nil {
 		offset := len(text)
 		if s := new(json.SyntaxError); errors.As(err, &s) {
-			offset = min(max(int(s.Offset)-1, 0), len(text))
+			offset = min(max(t.unmended(int(s.Offset)-1), 0), len(text))
 		}
 		line, col := t.first(offset)
 		d.fault(&yaml.Node{Line: line}, path, "not JSON at line %d, column %d: %v", line, col, err)
 		return nil, nil
+	}
+	for i, s := range slips {
+		if i == maxSlips {
+			d.warn(n, path, "JSON with %d more commas missing or too many", len(slips)-maxSlips)
+			break
+		}
+		line, col := t.first(s.at)
+		d.warn(&yaml.Node{Line: line}, path, "JSON with a comma %s at line %d, column %d; read as if it were right, but a cluster refuses it", s.what, line, col)
 	}
 	dec := json.NewDecoder(bytes.NewReader(t.json))
 	dec.UseNumber()
@@ -70,6 +73,11 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 		return nil, nil
 	}
 	return root, t.json
+}
+
+// unmended is the place in the text of one in the mended JSON.
+func (t *cniText) unmended(offset int) int {
+	return offset - sort.SearchInts(t.inserted, offset)
 }
 
 var errTooDeep = errors.New("nested too deep")
@@ -261,55 +269,75 @@ func (w *rawWalk) solid() bool {
 	return !unicode.IsSpace(r)
 }
 
-// mendJSON corrects the two slips that examples of CNI configurations in the wild have: no comma between two members
-// (put in, at the places that inserted tells), and one after the last (taken out). Sound JSON comes back as it is. What
-// and at say of the first slip that a comma is missing or too many before that byte of in.
-func mendJSON(in []byte) (out []byte, inserted []int, what string, at int) {
+// slip is a comma that is wrong, at a byte of the text.
+type slip struct {
+	what string // "missing" or "too many"
+	at   int
+}
+
+// maxSlips is how many slips of one text are named.
+const maxSlips = 8
+
+// mendJSON corrects the two slips that the examples of CNI configurations and of the macvtap device plugin have: no
+// comma between two members of an object (put in, at the places that inserted tells), and one after the last member or
+// element (made a space). Nothing else is guessed at; sound JSON comes back as it is.
+func mendJSON(in []byte) (out []byte, inserted []int, slips []slip) {
 	if json.Valid(in) {
-		return in, nil, "", 0
+		return in, nil, nil
 	}
-	say := func(w string, i int) {
-		if what == "" {
-			what, at = w, i
-		}
+	type container struct {
+		object bool
+		colon  bool // of an object: the colon of the member that is being read has come
 	}
+	var within []container
+	top := new(container)
 	out = make([]byte, 0, len(in)+8)
 	value := false // a value or key has just ended, and nothing has followed
-	comma := -1    // place in out of a comma that nothing has followed yet
+	comma := -1    // place in in of a comma after one that nothing has followed yet
 	for i := 0; i < len(in); i++ {
-		switch c := in[i]; c {
+		c := in[i]
+		switch c {
 		case ' ', '\t', '\r', '\n':
 			out = append(out, c)
 			continue
-		case ',', ':':
-			if c == ',' {
-				comma = len(out)
+		case ',':
+			if comma = -1; value {
+				comma = i
 			}
-			out, value = append(out, c), false
+			out, value, top.colon = append(out, c), false, false
 			continue
+		case ':':
+			out, value, top.colon = append(out, c), false, true
 		case '}', ']':
 			if comma >= 0 {
-				say("too many", i)
-				out[comma] = ' '
+				slips = append(slips, slip{"too many", comma})
+				out[comma+len(inserted)] = ' '
 			}
 			out, value = append(out, c), true
+			if top = new(container); len(within) > 0 {
+				within = within[:len(within)-1]
+			}
+			if len(within) > 0 {
+				top = &within[len(within)-1]
+			}
 		default:
 			end := tokenEnd(in, i)
-			if value {
-				say("missing", i)
+			if value && top.object && top.colon && c == '"' {
+				slips = append(slips, slip{"missing", i})
 				inserted = append(inserted, len(out))
 				out = append(out, ',')
+				top.colon = false
 			}
 			out = append(out, in[i:end]...)
-			value = c != '{' && c != '['
+			if value = c != '{' && c != '['; !value {
+				within = append(within, container{object: c == '{'})
+				top = &within[len(within)-1]
+			}
 			i = end - 1
 		}
 		comma = -1
 	}
-	if !json.Valid(out) {
-		return in, nil, "", 0 // some other slip: let the JSON reader say which
-	}
-	return out, slices.Clip(inserted), what, at
+	return out, slices.Clip(inserted), slips
 }
 
 // tokenEnd returns the end of the string, the number, the word or the bracket that starts at i.

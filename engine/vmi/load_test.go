@@ -111,28 +111,6 @@ spec:
 	assert.Equal(t, "y", docs.VMIs[0].Spec.Networks[1].Multus.NetworkName)
 }
 
-func TestMendJSON(t *testing.T) {
-	for _, c := range []struct {
-		in, out  string
-		inserted []int
-		what     string
-		at       int
-	}{
-		{`{"a": 1}`, `{"a": 1}`, nil, "", 0},
-		{`{"a": "x" "b": [1 2, 3,],}`, `{"a": "x" ,"b": [1 ,2, 3 ] }`, []int{10, 19}, "missing", 10},
-		{`[ {"n": "{,}"}, ]`, `[ {"n": "{,}"}  ]`, nil, "too many", 16},
-		{`{"a" 1}`, `{"a" 1}`, nil, "", 0},
-		{`{"a": "x`, `{"a": "x`, nil, "", 0},
-		{`}{`, `}{`, nil, "", 0},
-	} {
-		out, inserted, what, at := mendJSON([]byte(c.in))
-		assert.Equal(t, c.out, string(out))
-		assert.Equal(t, c.inserted, inserted)
-		assert.Equal(t, c.what, what)
-		assert.Equal(t, c.at, at)
-	}
-}
-
 func TestDefinitionFaults(t *testing.T) {
 	docs, err := Parse("n.yaml", []byte("kind: NetworkAttachmentDefinition\nmetadata: {name: n}\nspec: {config: '{\"type\": 5}'}\n---\nkind: NetworkAttachmentDefinition\n"))
 	require.NoError(t, err)

@@ -212,18 +212,18 @@ func TestPlacesInJSON(t *testing.T) {
 		for _, comma := range []string{",", ""} { // mended where there is none
 			var list []string
 			for i := range 900 {
-				list = append(list, fmt.Sprintf(`{"a '€": %d}%s`, 1000+i, strings.Repeat("\n    ", i%3/2)))
+				list = append(list, fmt.Sprintf(`"a '€%d": {"b": %d%s "c": [] }%s`, i, 1000+i, comma, strings.Repeat("\n    ", i%3/2)))
 			}
-			text := "a: é\nconfig: " + quote("["+strings.Join(list, comma+" ")+"]") + "\n"
+			text := "a: é\nconfig: " + quote("{"+strings.Join(list, comma+" ")+"}") + "\n"
 			nodes, err := parse("n.yaml", []byte(text))
 			require.NoError(t, err, name)
 			d := &decoder{raw: []byte(text), budget: maxNodes}
 			root, _ := d.cniNode(nodes[0].Content[0].Content[3], "config")
 			require.NotNil(t, root, name)
-			require.Len(t, root.Content, len(list))
+			require.Len(t, root.Content, 2*len(list))
 			lines := strings.Split(text, "\n")
-			for i, n := range root.Content {
-				v := n.Content[1]
+			for i := range list {
+				v := root.Content[2*i+1].Content[1]
 				col := 1 + utf8.RuneCountInString(lines[v.Line-1][:max(0, strings.Index(lines[v.Line-1], fmt.Sprint(1000+i)))])
 				require.Equal(t, fmt.Sprint(1000+i), v.Value)
 				require.Greater(t, col, 1, "%s: line of %s", name, v.Value)
@@ -238,7 +238,7 @@ func TestPlacesInJSON(t *testing.T) {
 func TestLongDefinitions(t *testing.T) {
 	const kind = `"kind": "NetworkAttachmentDefinition", "metadata": {"name": "n", "x": "`
 	list := func(comma string) string {
-		return `{"type": "bridge", "vlanTrunk": [` + strings.Repeat(`{"id": 7}`+comma, 256<<10/10) + `{"id": 8}]}`
+		return `{"type": "bridge", "vlanTrunk": [` + strings.Repeat(`{"id": 7`+comma+`"id": 7},`, 256<<10/20) + `{"id": 8}]}`
 	}
 	for name, text := range map[string]string{
 		"one long":         nad("n", list(",")),
