@@ -33,6 +33,7 @@ type options struct {
 	netns      string
 	socketDir  string
 	control    string
+	stateDir   string
 	path       string
 	mode       string
 	cpus       string
@@ -105,6 +106,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.netns, "netns", "", "network namespace `PATH` of the pod (default: the own one)")
 	fs.StringVar(&o.socketDir, "socket-dir", dir, "`DIR` for the vhost-user sockets, DIR/VMI/INTERFACE.sock")
 	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")
+	fs.StringVar(&o.stateDir, "state-dir", "", "`DIR` for what outlasts a run: leases, and what links were before they became a guest's (default SOCKET-DIR/state)")
 	fs.StringVar(&o.path, "path", "auto", "way out of masquerade: `auto`, packet (with CAP_NET_ADMIN and CAP_NET_RAW) or socket (without privileges)")
 	fs.StringVar(&o.mode, "mode", "server", "vhost-user `MODE`: server (QEMU dials) or client (QEMU listens)")
 	fs.StringVar(&o.cpus, "cpus", "", "`LIST` of processors for the workers, one worker each, such as 2,4-6")
@@ -173,6 +175,14 @@ func (o *options) controlPath() string {
 		return o.control
 	}
 	return filepath.Join(o.socketDir, "control.sock")
+}
+
+// statePath is where what outlasts a run is written down.
+func (o *options) statePath() string {
+	if o.stateDir != "" {
+		return o.stateDir
+	}
+	return filepath.Join(o.socketDir, "state")
 }
 
 // socketPath is where an interface's vhost-user socket is.
