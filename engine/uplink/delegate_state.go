@@ -1,0 +1,216 @@
+package uplink
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/frame"
+)
+
+// Saved is what a link was before a guest took its place.
+type Saved struct {
+	Version int    `json:"version"`
+	Boot    string `json:"boot"`  // the kernel's boot_id
+	NetNS   string `json:"netns"` // identity of the namespace within that boot
+	Owner   string `json:"owner"` // the guest's interface
+	Link    string `json:"link"`
+	Index   int    `json:"index"`
+
+	MAC     frame.MAC `json:"mac"`
+	StandIn frame.MAC `json:"standIn"` // what the link has instead; zero: it keeps its own
+	MTU     int       `json:"mtu"`
+
+	Addrs      []netip.Prefix `json:"addresses"`
+	Addrs6     []netip.Prefix `json:"addresses6"`
+	Routes     []LinkRoute    `json:"routes"`     // IPv4, of the main table, in the kernel's order
+	Neighbours []Neighbour    `json:"neighbours"` // IPv4, that somebody has set
+
+	ARP         bool   `json:"arp"`
+	DisableIPv6 string `json:"disableIPv6"` // the sysctl; empty: the kernel has no IPv6
+	AddrGenMode string `json:"addrGenMode"`
+
+	Kernel kernelState `json:"kernel"`
+}
+
+// LinkRoute is a route by a link. Via is not valid if the destination is on the
+// link.
+type LinkRoute struct {
+	Dest netip.Prefix `json:"dest"`
+	Via  netip.Addr   `json:"via,omitzero"`
+}
+
+// Neighbour is the hardware address of a host on the link.
+type Neighbour struct {
+	Addr netip.Addr `json:"addr"`
+	MAC  frame.MAC  `json:"mac"`
+}
+
+// kernelState is the same in the kernel's own messages, which can be given back
+// to it.
+type kernelState struct {
+	Addrs      [][]byte `json:"addresses"`
+	Addrs6     [][]byte `json:"addresses6"`
+	Routes     [][]byte `json:"routes"`
+	Routes6    [][]byte `json:"routes6"`
+	Neighbours [][]byte `json:"neighbours"`
+}
+
+const (
+	savedVersion = 1
+	// maxState bounds what is read; a link has a handful of addresses and routes.
+	maxState = 16 << 20
+)
+
+// stateFile is where a link of a namespace is written down.
+type stateFile struct {
+	path        string
+	boot, netns string
+}
+
+// stateOf is the file of a link of the current namespace. A namespace that takes
+// another's place has another file.
+func stateOf(dir string, l netlink.Link) (f stateFile, err error) {
+	if f.boot, f.netns, err = namespaceID(); err != nil {
+		return f, err
+	}
+	f.path = filepath.Join(dir, fmt.Sprintf("%s-%d.json", f.netns, l.Attrs().Index))
+	return f, nil
+}
+
+// namespaceID names the current namespace. Inode numbers are used again soon;
+// the cookie (Linux 5.14) is not before the next boot.
+func namespaceID() (boot, id string, err error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", "", fmt.Errorf("boot id: %w", err)
+	}
+	boot = strings.TrimSpace(string(b))
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", "", fmt.Errorf("namespace: %w", err)
+	}
+	defer unix.Close(fd)
+	if cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE); err == nil {
+		return boot, fmt.Sprintf("netns%d", cookie), nil
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(threadNS, &st); err != nil {
+		return "", "", fmt.Errorf("namespace: %w", err)
+	}
+	return boot, fmt.Sprintf("ino%d", st.Ino), nil
+}
+
+// savedHere lists the files of the current namespace, and removes those of
+// another boot, whose namespaces are gone.
+func savedHere(dir string) (out []stateFile, err error) {
+	boot, netns, err := namespaceID()
+	if err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrState, err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), netns+"-") && strings.HasSuffix(e.Name(), ".json") {
+			out = append(out, stateFile{filepath.Join(dir, e.Name()), boot, netns})
+		}
+	}
+	return out, nil
+}
+
+// load reads what was written down. It returns nil if there is nothing, or only
+// what is of another boot.
+func (f stateFile) load() (*Saved, error) {
+	file, err := os.Open(f.path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrState, err)
+	}
+	defer file.Close()
+	b, err := io.ReadAll(io.LimitReader(file, maxState))
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrState, err)
+	}
+	s := &Saved{}
+	if err := json.Unmarshal(b, s); err != nil {
+		return nil, fmt.Errorf("state file %s cannot be read (%w): put the link back by hand and remove the file", f.path, err)
+	}
+	switch {
+	case s.Boot != f.boot || s.NetNS != f.netns:
+		return nil, f.remove()
+	case s.Version != savedVersion:
+		return nil, fmt.Errorf("state file %s is of version %d, not %d: put the link back with the sidewire that wrote it", f.path, s.Version, savedVersion)
+	}
+	return s, nil
+}
+
+// store writes it down so that it is there after a crash of the machine too.
+func (f stateFile) store(s *Saved) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("%w: %w", ErrState, err)
+		}
+	}()
+	s.Version, s.Boot, s.NetNS = savedVersion, f.boot, f.netns
+	b, err := json.MarshalIndent(s, "", " ")
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(f.path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(dir, ".new-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp.Name()) // gone if it has got its name
+	_, err = tmp.Write(append(b, '\n'))
+	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp.Name(), f.path); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func (f stateFile) remove() error {
+	if err := os.Remove(f.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	return syncDir(filepath.Dir(f.path))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// standIn makes a hardware address for a link whose own is the guest's now:
+// locally administered, and always the same for the same link.
+func standIn(own frame.MAC) (m frame.MAC) {
+	sum := sha256.Sum256(append([]byte("sidewire stand-in "), own[:]...))
+	copy(m[:], sum[:])
+	m[0] = m[0]&^1 | 2
+	return m
+}
