@@ -147,25 +147,30 @@ const (
 	crashDir   = "SIDEWIRE_TEST_CRASH_DIR"
 )
 
-// TestDelegateChild is the process that is killed, and no test by itself.
-func TestDelegateChild(t *testing.T) {
-	left, err := strconv.Atoi(os.Getenv(crashAfter))
-	if err != nil {
-		t.Skip("no test by itself")
+// TestMain is also the process that is to be killed.
+func TestMain(m *testing.M) {
+	if os.Getenv(crashAfter) == "" {
+		os.Exit(m.Run())
 	}
+	left, _ := strconv.Atoi(os.Getenv(crashAfter))
 	afterStep = func(name string) {
 		if left--; left == 0 {
 			fmt.Println("killed after:", name)
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		}
 	}
-	require.NoError(t, InNetNS(os.Getenv(crashNS), func() error {
+	err := InNetNS(os.Getenv(crashNS), func() error {
 		d, err := Delegate(DelegateConfig{Link: "eth0", StateDir: os.Getenv(crashDir), Owner: "vm/net"})
 		if err != nil {
 			return err
 		}
 		return d.Restore()
-	}))
+	})
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
 
 // Killed after any step, of taking over as of putting back, nothing is lost: what
@@ -178,7 +183,7 @@ func TestDelegateRow43IsKilledAfterAnyStep(t *testing.T) {
 	steps := map[string]int{}
 	for n := 1; ; n++ {
 		dir := t.TempDir()
-		child := exec.Command(self, "-test.run=^TestDelegateChild$")
+		child := exec.Command(self)
 		child.Env = append(os.Environ(), crashAfter+"="+strconv.Itoa(n), crashNS+"="+ns.Path, crashDir+"="+dir)
 		out, err := child.CombinedOutput()
 		if err == nil {
