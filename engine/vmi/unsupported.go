@@ -20,14 +20,12 @@ func Unsupported(docs Docs) []Fault {
 		for j := range v.Spec.Interfaces {
 			f := &v.Spec.Interfaces[j]
 			k, multus := v.multusOf(f)
-			unsupportedInterface(f, v.interfacePath(j), multus != nil, say)
-			if multus == nil || !f.has(Bridge) || multus.NetworkName == "" {
-				continue
+			unsupportedInterface(f, v.interfacePath(j), say)
+			if multus == nil || !f.has(Bridge) || multus.NetworkName == "" || multus.Default {
+				continue // the pod's own link needs no definition
 			}
 			at := v.networkPath(k) + ".multus"
-			if multus.Default {
-				say(at+".default", "a Multus network in the place of the pod network; remove default: true")
-			} else if text := docs.attachFault(v, multus.NetworkName); text != "" && len(faults) < maxFaults {
+			if text := docs.attachFault(v, multus.NetworkName); text != "" && len(faults) < maxFaults {
 				faults = append(faults, v.fault(Error, at+".networkName", "%s", text))
 			}
 		}
@@ -45,14 +43,10 @@ func Unsupported(docs Docs) []Fault {
 	return append(faults, full...)
 }
 
-func unsupportedInterface(f *InterfaceSpec, at string, multus bool, say func(field, format string, args ...any)) {
+func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
-		case Masquerade, Slirp:
-		case Bridge:
-			if !multus {
-				say(at+".bridge", "a bridge on the pod network; use masquerade: {}, or a Multus network")
-			}
+		case Masquerade, Slirp, Bridge:
 		case PluginBound:
 			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
 		default:
