@@ -7,9 +7,15 @@ import (
 	"strings"
 )
 
-// Define adds the definitions of more, and the faults in them. VMIs in it are passed over.
+// Define adds the definitions of more and what goes with them, and the faults in them. VMIs in it are passed over, and
+// of a cluster's settings those that docs have too.
 func (docs *Docs) Define(more Docs) {
 	docs.NADs = append(docs.NADs, more.NADs...)
+	docs.MacvtapPools = append(docs.MacvtapPools, more.MacvtapPools...)
+	docs.MacvtapAll = docs.MacvtapAll || more.MacvtapAll
+	docs.SRIOVPools = append(docs.SRIOVPools, more.SRIOVPools...)
+	more.Cluster.merge(docs.Cluster)
+	docs.Cluster = more.Cluster
 	theirs := map[string]bool{}
 	for i := range more.VMIs {
 		v := &more.VMIs[i]
@@ -41,25 +47,55 @@ func nadKey(v *VMI, networkName string) string {
 	return namespaceOr(v.Namespace) + "/" + networkName
 }
 
-// attachFault says why a definition cannot be served, "" if it can. It is about networks that a bridge binding uses.
+// attachFaults says what keeps the definition of an interface's network, which is the k-th, from being served by the
+// interface's binding, and what is served otherwise than it reads. A function of a card is served without a definition
+// too: whoever gave it to the pod has set it up.
+func (docs *Docs) attachFaults(v *VMI, f *InterfaceSpec, k int) (faults []Fault) {
+	m := v.Spec.Networks[k].Multus
+	if m == nil || m.NetworkName == "" || m.Default && f.has(Bridge) || !f.has(Bridge) && !f.has(Macvtap) && !f.has(SRIOV) {
+		return nil
+	}
+	text, warning := docs.bindFault(v, f, m.NetworkName)
+	at := v.networkPath(k) + ".multus.networkName"
+	if text != "" {
+		faults = append(faults, v.fault(Error, at, "%s", text))
+	}
+	if warning != "" {
+		faults = append(faults, v.fault(Warning, at, "%s", warning))
+	}
+	return faults
+}
+
+// attachFault is the fault of a bridge's definition.
 func (docs *Docs) attachFault(v *VMI, networkName string) string {
+	text, _ := docs.bindFault(v, &InterfaceSpec{Bindings: []Binding{Bridge}}, networkName)
+	return text
+}
+
+func (docs *Docs) bindFault(v *VMI, f *InterfaceSpec, networkName string) (text, warning string) {
 	nad := docs.nadOf(v, networkName)
 	switch {
+	case nad == nil && f.has(SRIOV):
+		return "", fmt.Sprintf("NetworkAttachmentDefinition %s is not given: the function is taken as it was set up", nadKey(v, networkName))
 	case nad == nil && len(docs.NADs) == 0:
-		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given, nor is another; add its file with --nad FILE", nadKey(v, networkName))
+		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given, nor is another; add its file with --nad FILE", nadKey(v, networkName)), ""
 	case nad == nil:
 		return fmt.Sprintf("NetworkAttachmentDefinition %s is not given; given are %s. Add its file with --nad FILE, or name one of them",
-			nadKey(v, networkName), docs.nadList())
+			nadKey(v, networkName), docs.nadList()), ""
 	case nad.unread:
-		return ""
+		return "", ""
 	case nad.Config == nil:
-		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no spec.config that can be read", nad.Key(), nad.place())
-	case nad.Switch == nil && nad.Type == "":
-		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no type in spec.config; write \"type\": \"bridge\"", nad.Key(), nad.place())
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no spec.config that can be read", nad.Key(), nad.place()), ""
+	case nad.Type == "":
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) has no type in spec.config; write \"type\": \"bridge\"", nad.Key(), nad.place()), ""
+	case f.has(Macvtap):
+		return docs.macvtapFault(nad)
+	case f.has(SRIOV):
+		return docs.sriovFault(nad)
 	case nad.Switch == nil:
-		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) is of type %q, which leaves no link for a bridge; use %[3]s: {}", nad.Key(), nad.place(), nad.Type)
+		return fmt.Sprintf("NetworkAttachmentDefinition %s (%s) is of type %q, which leaves no link for a bridge; use %[3]s: {}", nad.Key(), nad.place(), nad.Type), ""
 	}
-	return ""
+	return "", ""
 }
 
 // nadList names the definitions that there are.

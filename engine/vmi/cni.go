@@ -15,12 +15,13 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Theory of operation: a CNI configuration is JSON inside a text of a YAML document. It is turned into the nodes that
+// Theory of operation: a CNI configuration is JSON inside a text of a YAML document, as is that of the macvtap device
+// plugin. It is turned into the nodes that
 // the YAML of the same content would have, each with its line in the file, so that one decoder serves both and a fault
 // names the line that has to be mended, whatever way the text is quoted.
 
-// cniText is the JSON of a configuration and its place in the file.
-type cniText struct {
+// jsonText is the JSON of a configuration and its place in the file.
+type jsonText struct {
 	d        *decoder
 	json     []byte // sound
 	inserted []int  // places in json of commas that the text does not have
@@ -32,8 +33,8 @@ type cniText struct {
 // read at that of one node each time.
 const bytesPerNode = 64
 
-// cniNode reads the JSON that a text holds. It returns nil after a fault, or where there is no text.
-func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []byte) {
+// jsonNode reads the JSON that a text holds. It returns nil after a fault, or where there is no text.
+func (d *decoder) jsonNode(n *yaml.Node, path string) (root *yaml.Node, config []byte) {
 	text := d.text(n, path)
 	if strings.TrimSpace(text) == "" {
 		return nil, nil
@@ -45,7 +46,7 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 	if d.budget -= len(text) / bytesPerNode; d.budget < 0 {
 		return nil, nil
 	}
-	t := cniText{d: d, places: d.placer(n)}
+	t := jsonText{d: d, places: d.placer(n)}
 	var slips []slip
 	t.json, t.inserted, slips = mendJSON([]byte(text))
 	if err := json.Unmarshal(t.json, new(json.RawMessage)); err != nil {
@@ -59,31 +60,31 @@ func (d *decoder) cniNode(n *yaml.Node, path string) (root *yaml.Node, config []
 	}
 	for i, s := range slips {
 		if i == maxSlips {
-			d.warn(n, path, "JSON with %d more commas missing or too many", len(slips)-maxSlips)
+			d.warn(n, path, "%d more commas are missing or too many", len(slips)-maxSlips)
 			break
 		}
 		line, col := t.first(s.at)
-		d.warn(&yaml.Node{Line: line}, path, "JSON with a comma %s at line %d, column %d; read as if it were right, but a cluster refuses it", s.what, line, col)
+		d.warn(&yaml.Node{Line: line}, path, s.meant(), line, col)
 	}
 	dec := json.NewDecoder(bytes.NewReader(t.json))
 	dec.UseNumber()
 	root, err := t.node(dec, 0)
 	if err != nil {
-		d.fault(n, path, "not the JSON of a CNI configuration: %v", err)
+		d.fault(n, path, "not the JSON of a configuration: %v", err)
 		return nil, nil
 	}
 	return root, t.json
 }
 
 // unmended is the place in the text of one in the mended JSON.
-func (t *cniText) unmended(offset int) int {
+func (t *jsonText) unmended(offset int) int {
 	return offset - sort.SearchInts(t.inserted, offset)
 }
 
 var errTooDeep = errors.New("nested too deep")
 
 // node reads one value.
-func (t *cniText) node(dec *json.Decoder, depth int) (*yaml.Node, error) {
+func (t *jsonText) node(dec *json.Decoder, depth int) (*yaml.Node, error) {
 	if depth > maxDepth {
 		return nil, errTooDeep
 	}
@@ -129,7 +130,7 @@ func (t *cniText) node(dec *json.Decoder, depth int) (*yaml.Node, error) {
 
 // where is the place in the file of the value that follows an offset in the JSON. Offsets do not go back from one call
 // to the next.
-func (t *cniText) where(offset int64) (line, col int) {
+func (t *jsonText) where(offset int64) (line, col int) {
 	i := int(offset)
 	for i < len(t.json) && strings.IndexByte(" \t\r\n,:", t.json[i]) >= 0 {
 		i++
@@ -141,7 +142,7 @@ func (t *cniText) where(offset int64) (line, col int) {
 }
 
 // first is the place in the file of an offset in the text, whatever is asked for next.
-func (t *cniText) first(offset int) (line, col int) {
+func (t *jsonText) first(offset int) (line, col int) {
 	p := t.places
 	return p.place(offset)
 }
@@ -271,8 +272,16 @@ func (w *rawWalk) solid() bool {
 
 // slip is a comma that is wrong, at a byte of the text.
 type slip struct {
-	what string // "missing" or "too many"
-	at   int
+	missing bool // before that byte; else it is one too many
+	at      int
+}
+
+// meant is what the slip is read as, with the line and the column to be put in.
+func (s slip) meant() string {
+	if s.missing {
+		return "JSON with a comma missing at line %d, column %d: read as if it were there, but a cluster refuses it; put it in"
+	}
+	return "JSON with a comma too many at line %d, column %d: read as if it were not there, but a cluster refuses it; take it out"
 }
 
 // maxSlips is how many slips of one text are named.
@@ -310,7 +319,7 @@ func mendJSON(in []byte) (out []byte, inserted []int, slips []slip) {
 			out, value, top.colon = append(out, c), false, true
 		case '}', ']':
 			if comma >= 0 {
-				slips = append(slips, slip{"too many", comma})
+				slips = append(slips, slip{at: comma})
 				out[comma+len(inserted)] = ' '
 			}
 			out, value = append(out, c), true
@@ -323,7 +332,7 @@ func mendJSON(in []byte) (out []byte, inserted []int, slips []slip) {
 		default:
 			end := tokenEnd(in, i)
 			if value && top.object && top.colon && c == '"' {
-				slips = append(slips, slip{"missing", i})
+				slips = append(slips, slip{missing: true, at: i})
 				inserted = append(inserted, len(out))
 				out = append(out, ',')
 				top.colon = false

@@ -36,7 +36,7 @@ var guide = []struct {
 	{file: "15-sriov-policy"},
 	{file: "16-sriov-network"},
 	{file: "17-sriov-vmi", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[1].sriov"}},
-	{file: "18-macvtap-config"},
+	{file: "18-macvtap-config", faults: []string{"data.DP_MACVTAP_CONF", "data.DP_MACVTAP_CONF[0].master"}},
 	{file: "19-macvtap-config-all"},
 	{file: "20-macvtap-nad", faults: []string{"spec.config"}},
 	{file: "21-macvtap-vmi", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[0].macvtap"}},

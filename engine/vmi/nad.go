@@ -3,7 +3,6 @@ package vmi
 import (
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,20 +20,12 @@ type NAD struct {
 	Config          []byte // the CNI configuration, sound JSON; nil if the definition has none
 	Type            string // the CNI type, or that of the first plugin of a list; may be empty
 
-	// At most one is set for what its type hands over, Switch for every type that leaves a link in the pod.
+	// Macvtap and SRIOV are set where that is the type, Switch for every type that leaves a link for a bridge in the pod.
 	Macvtap *MacvtapCNI
 	SRIOV   *SRIOVCNI
 	Switch  *Switch // what it asks of a switch; of a type that is not one of ServedTypes nothing, nor has it a Bridge
 
 	unread bool // there is a configuration, but it cannot be read, which has been said
-}
-
-// MacvtapCNI is what a definition of type macvtap asks of its link; zero values were not said.
-type MacvtapCNI struct {
-	MTU      int // in bytes
-	MAC      net.HardwareAddr
-	Promisc  bool
-	DeviceID string // name of a macvtap that is there already
 }
 
 // ServedTypes are the types of a definition that a switch of sidewire's stands in for where its CNI left no link.
@@ -113,7 +104,7 @@ func (d *decoder) definition(docs *Docs, root *yaml.Node) {
 	if nad.Name == "" {
 		d.fault(root, "metadata.name", "a NetworkAttachmentDefinition needs a name, networks refer to it")
 	}
-	nad.ResourceName = nad.Annotations["k8s.v1.cni.cncf.io/resourceName"]
+	nad.ResourceName = nad.Annotations[resourceAnnotation]
 	for _, a := range ours {
 		d.annotated(a, nad.Switch)
 	}
@@ -127,7 +118,10 @@ type annotation struct {
 	name, value string
 }
 
-const annotationPrefix = "sidewire/"
+const (
+	annotationPrefix   = "sidewire/"
+	resourceAnnotation = "k8s.v1.cni.cncf.io/resourceName"
+)
 
 // annotated reads what an annotation asks of a switch, nil for one that is not ours.
 func (d *decoder) annotated(a annotation, s *Switch) {
@@ -169,7 +163,7 @@ func (d *decoder) cniConfig(n *yaml.Node, path string, nad *NAD) {
 		return
 	}
 	before := len(d.faults)
-	root, config := d.cniNode(n, path)
+	root, config := d.jsonNode(n, path)
 	if root == nil {
 		nad.unread = len(d.faults) > before
 		return
@@ -191,18 +185,18 @@ func (d *decoder) cniConfig(n *yaml.Node, path string, nad *NAD) {
 	}
 	nad.Type = d.pluginType(plugins[0])
 	switch {
+	case nad.Type == "":
+		return // whoever refers to it is told
 	case nad.Type == "macvtap":
-		nad.Macvtap = &MacvtapCNI{}
+		nad.Macvtap = d.macvtapCNI(plugins)
 		return
 	case nad.Type == "sriov":
-		nad.SRIOV = &SRIOVCNI{}
-		nad.Switch = &Switch{Native: true}
+		nad.SRIOV = d.sriovCNI(plugins)
+		nad.Switch = &Switch{Native: true} // a function's link may be bridged too
 		return
 	case !slices.Contains(ServedTypes, nad.Type):
-		if nad.Type != "" {
-			nad.Switch = &Switch{Native: true}
-		}
-		return
+		nad.Switch = &Switch{Native: true}
+		return // its keys are the business of its plugin, which has read them
 	}
 	nad.Switch = d.plugin(plugins[0], nad.Type)
 	for _, p := range plugins[1:] {
@@ -224,12 +218,17 @@ func ignored(keys ...string) fields {
 	return f
 }
 
+// commonKeys are those of every configuration, none of which says anything of a link.
+func commonKeys() fields {
+	return ignored("cniVersion", "cniVersions", "name", "type", "plugins", "capabilities", "args", "runtimeConfig", "prevResult", "disableCheck")
+}
+
 // plugin reads the configuration of a served type.
 func (d *decoder) plugin(p pair, kind string) *Switch {
 	s := &Switch{OVS: kind == "ovs", Native: true}
 	before := len(d.faults)
 	var dns resolvers
-	f := ignored("cniVersion", "cniVersions", "name", "type", "plugins", "capabilities", "args", "runtimeConfig", "prevResult", "disableCheck")
+	f := commonKeys()
 	maps.Copy(f, fields{
 		"bridge": func(n *yaml.Node, at string) { s.Bridge = d.text(n, at) },
 		"vlan":   func(n *yaml.Node, at string) { s.VLAN = d.vlan(n, at, 0) },
@@ -290,18 +289,24 @@ func (d *decoder) bridgeFields(s *Switch) fields {
 	return f
 }
 
-// chained reads a plugin that runs after the one that makes the interface.
-func (d *decoder) chained(p pair, s *Switch) {
+// chained reads a plugin that runs after the one that makes a switch's link.
+func (d *decoder) chained(p pair, s *Switch) { d.tuned(p, &s.MTU, func(*yaml.Node, string) {}) }
+
+// tuned reads a plugin that runs after the one that makes the link: an MTU that it sets, and what mac reads.
+func (d *decoder) tuned(p pair, mtu *int, mac func(n *yaml.Node, path string)) {
 	kind := d.pluginType(p)
 	if kind != "tuning" {
 		d.warn(&yaml.Node{Line: p.line}, p.key+".type", "plugin %q is not run: it would change a link of the kernel's, and there is none", kind)
 		return
 	}
-	d.object(p.val, p.key, false, fields{"mtu": func(n *yaml.Node, at string) {
-		if m := d.mtu(n, at); m != 0 {
-			s.MTU = m
-		}
-	}})
+	d.object(p.val, p.key, false, fields{
+		"mtu": func(n *yaml.Node, at string) {
+			if m := d.mtu(n, at); m != 0 {
+				*mtu = m
+			}
+		},
+		"mac": mac,
+	})
 }
 
 func (d *decoder) mtu(n *yaml.Node, path string) int {

@@ -181,7 +181,7 @@ func TestPlaceInJSON(t *testing.T) {
 		"anchor":        {"  config: &c '{ \"type\": \"ovs\", \"bridge\": \"b\",\n      \"vlan\": 5000 }'\n", 5, "vlan: VLAN 5000"},
 		"syntax":        {"  config: '{\n      \"type\": \"ovs\",\n      \"bridge\" \"br1\"\n    }'\n", 6, "not JSON at line 6, column 16: invalid character '\"' after object key"},
 		"unfinished":    {"  config: |\n    {\n      \"type\": \"ovs\"\n", 6, "not JSON at line 6, column 20: unexpected end of JSON input"},
-		"comma missing": {"  config: '{\n      \"type\": \"bridge\"\n      \"vlan\": 100\n    }'\n", 6, "JSON with a comma missing at line 6, column 7; read as if it were right, but a cluster refuses it"},
+		"comma missing": {"  config: '{\n      \"type\": \"bridge\"\n      \"vlan\": 100\n    }'\n", 6, "JSON with a comma missing at line 6, column 7: read as if it were there, but a cluster refuses it; put it in"},
 		"after a mend":  {"  config: '{\"type\": \"bridge\" \"mtu\": 1500\n      \"vlan\": 5000\n    }'\n", 5, "vlan: VLAN 5000"},
 		"not a text":    {"  config: {\"type\": \"bridge\"}\n", 4, "must be a text that holds JSON, found a mapping; put it in single quotes"},
 		"runes":         {"  config: '{ \"ä\": \"€𝄞\", \"type\": \"ovs\", \"bridge\": \"b\",\n \"vlan\": -1 }'\n", 5, "vlan: VLAN -1"},
@@ -218,7 +218,7 @@ func TestPlacesInJSON(t *testing.T) {
 			nodes, err := parse("n.yaml", []byte(text))
 			require.NoError(t, err, name)
 			d := &decoder{raw: []byte(text), budget: maxNodes}
-			root, _ := d.cniNode(nodes[0].Content[0].Content[3], "config")
+			root, _ := d.jsonNode(nodes[0].Content[0].Content[3], "config")
 			require.NotNil(t, root, name)
 			require.Len(t, root.Content, 2*len(list))
 			lines := strings.Split(text, "\n")
@@ -314,16 +314,6 @@ func TestDefine(t *testing.T) {
 		"warning kind: not served: this file was given for its definitions only; name it with -f",
 		"spec.config.vlan: VLAN -1 must be between 0 and 4094",
 	}, lines(append(Validate(docs, Options{}), Unsupported(docs)...)))
-}
-
-// What the bridge binding is not served on yet.
-func TestBridgeElsewhere(t *testing.T) {
-	docs, err := Parse("v.yaml", []byte(two("name: a\nbridge: {}", briB, podA, mulB)+"---\n"+nad("n", `{"type": "bridge"}`)))
-	require.NoError(t, err)
-	assert.Equal(t, []string{i0 + ".bridge: not supported yet: a bridge on the pod network; use masquerade: {}, or a Multus network"}, lines(Unsupported(docs)))
-	docs, err = Parse("v.yaml", []byte(spec("name: a\nbridge: {}", "name: a\nmultus: {networkName: n, default: true}")+"---\n"+nad("n", `{"type": "bridge"}`)))
-	require.NoError(t, err)
-	assert.Equal(t, []string{"spec.networks[0].multus.default: not supported yet: a Multus network in the place of the pod network; remove default: true"}, lines(Unsupported(docs)))
 }
 
 // Two definitions of one name are refused unless they say the same. What annotations ask belongs to it where a switch is

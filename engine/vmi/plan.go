@@ -57,6 +57,7 @@ type Network struct {
 	NAD         *NAD         // of a Multus network, nil if its definition is not known
 	Lease       *Lease       // what the definition's ipam gives the guest, nil for nothing
 	Macvtap     *MacvtapPool // what a macvtap is made on, nil for other bindings
+	SRIOV       *SRIOVPool   // what is known of the function's pool, nil for other bindings or if nothing is
 
 	CIDR, CIDR6       netip.Prefix // host bits masked
 	Gateway, Gateway6 netip.Addr   // base + 1; slirp: base + 2
@@ -104,6 +105,8 @@ func Plan(docs Docs) []VM {
 				p.MAC = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name)
 			case p.Binding == Macvtap && nad != nil:
 				p.Network.Macvtap = docs.macvtapPool(nad)
+			case p.Binding == SRIOV && nad != nil:
+				p.Network.SRIOV = docs.sriovPool(nad)
 			}
 		}
 		vms = append(vms, vm)

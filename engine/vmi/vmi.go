@@ -84,8 +84,9 @@ type Docs struct {
 	MacvtapPools []MacvtapPool // of a DP_MACVTAP_CONF; nil without one, see MacvtapAll
 	MacvtapAll   bool          // a DP_MACVTAP_CONF of [] is there: all links are exposed
 
-	sriov  []sriovPolicy // of SriovNetworkNodePolicies
-	faults []Fault       // found while reading: unknown fields, wrong types
+	SRIOVPools []SRIOVPool // of SriovNetworkNodePolicies
+
+	faults []Fault // found while reading: unknown fields, wrong types
 }
 
 // VMI is a virtual machine's spec, from a VirtualMachineInstance, a VirtualMachine or the guide's VM.
