@@ -114,14 +114,19 @@ func (r *rules) marshal(p any) ([]byte, error) {
 
 // commit sends the transaction: all of it holds afterwards, or nothing.
 func (r *rules) commit() error {
-	if r.err != nil {
-		return r.err
-	}
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}
 	defer c.Close()
+	return r.commitBy(c)
+}
+
+// commitBy is commit by a socket of the caller's.
+func (r *rules) commitBy(c *netlink.Conn) error {
+	if r.err != nil {
+		return r.err
+	}
 	if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		return fmt.Errorf("nftables: %w", err)
 	}

@@ -158,17 +158,23 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 	if c.Pod.IsValid() {
 		return nil
 	}
+	var err error
+	c.Pod, err = firstAddr(l)
+	return err
+}
+
+// firstAddr is the first IPv4 address of a link that others may know.
+func firstAddr(l netlink.Link) (netip.Addr, error) {
 	addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
 	if err != nil {
-		return fmt.Errorf("addresses: %w", err)
+		return netip.Addr{}, fmt.Errorf("addresses: %w", err)
 	}
 	for _, a := range addrs {
 		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip.IsGlobalUnicast() {
-			c.Pod = ip
-			return nil
+			return ip, nil
 		}
 	}
-	return fmt.Errorf("link %s has no IPv4 address", c.Link)
+	return netip.Addr{}, fmt.Errorf("link %s has no IPv4 address", l.Attrs().Name)
 }
 
 func checkGuests(guests []Guest) error {

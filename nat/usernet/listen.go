@@ -81,6 +81,7 @@ const (
 type listener struct {
 	forward Forward
 	gport   uint16
+	all     bool // of all ports; see listen_all.go
 	gen     uint32
 	fds     []int32  // by worker, -1 where there is none
 	pause   []uint32 // by worker, and its own: it takes no connection before this tick; 0 is none
@@ -195,10 +196,12 @@ func (n *Net) serving() (ids []int) {
 	return slices.Compact(ids)
 }
 
+var errNoDescriptor = errors.New("the guest has all the descriptors that it may have: raise the limit of open files (ulimit -n)")
+
 // bound makes a socket that has a forward's port.
 func (n *Net) bound(l *listener, typ int, share bool) (int32, error) {
 	if !n.sockets.take() {
-		return -1, errors.New("the guest has all the descriptors that it may have: raise the limit of open files (ulimit -n)")
+		return -1, errNoDescriptor
 	}
 	fd, err := n.socket(typ, 0)
 	if err == nil {
@@ -419,16 +422,22 @@ func (w *worker) listenerEvent(b *frame.Batch, i int32, gen uint32) {
 		if b.Len() >= frame.BatchSize {
 			break
 		}
-		if !n.sockets.take() {
+		if !n.sockets.takeFor(l) {
 			w.acceptLater(l)
 			return
 		}
 		fd, errno := accept(int(l.fds[w.id]), &w.addr)
 		switch errno {
 		case 0:
+			gport, ok := l.guestPort(fd)
+			if !ok {
+				closeReset(fd)
+				n.sockets.give()
+				continue
+			}
 			w.stats.Accepted++
-			w.show(fd, l)
-			w.tcpAccepted(b, fd, &w.addr, l.gport)
+			w.show(fd, gport)
+			w.tcpAccepted(b, fd, &w.addr, gport)
 			continue
 		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
 			n.sockets.give()
@@ -460,7 +469,7 @@ func (w *worker) acceptLater(l *listener) {
 
 // show makes the address of a new connection's client, which is in w.addr, the
 // one that the guest sees.
-func (w *worker) show(fd int32, l *listener) {
+func (w *worker) show(fd int32, gport uint16) {
 	n := w.net
 	addr, port := binary.BigEndian.Uint32(w.addr.Addr[:]), netPort(w.addr.Port)
 	if !n.hides(addr) {
@@ -473,7 +482,7 @@ func (w *worker) show(fd int32, l *listener) {
 	// All clients that are shown as the gateway share its ports. Each worker has
 	// its own of them.
 	workers := uint16(len(n.workers))
-	k := key{remote: mapped(n.gateway), gport: l.gport, proto: frame.ProtoTCP}
+	k := key{remote: mapped(n.gateway), gport: gport, proto: frame.ProtoTCP}
 	own := func(port uint16) uint16 { return port - port%workers + uint16(w.id) }
 	k.rport = max(own(port), own(1024))
 	for try := 0; w.table.find(k) != none && try < 64; try++ {

@@ -28,6 +28,7 @@ type Stats struct {
 	TableFull    uint64 `json:"tableFull"`
 	NoSocket     uint64 `json:"noSocket"` // flows refused for want of a descriptor or port
 
+	Unasked          uint64 `json:"unasked"`          // datagrams that came for a port from which the guest has sent nothing yet
 	Filtered         uint64 `json:"filtered"`         // datagrams from those who may not send to the mapping
 	ErrorsLimited    uint64 `json:"errorsLimited"`    // ICMP errors not made because there were too many
 	FragmentsDropped uint64 `json:"fragmentsDropped"` // of packets that contradict themselves, or never became whole
@@ -81,6 +82,7 @@ func (s *Stats) add(o *Stats) {
 	s.PolicyDenied += o.PolicyDenied
 	s.TableFull += o.TableFull
 	s.NoSocket += o.NoSocket
+	s.Unasked += o.Unasked
 	s.Filtered += o.Filtered
 	s.ErrorsLimited += o.ErrorsLimited
 	s.FragmentsDropped += o.FragmentsDropped

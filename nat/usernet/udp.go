@@ -279,6 +279,13 @@ func (w *worker) bindMapping(fd int32, proto uint8, port uint16) {
 	w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET}
 	w.addr.Port = netPort(port)
 	errno := bind(fd, &w.addr)
+	if errno == unix.EADDRINUSE && w.net.all.on && proto == frame.ProtoUDP {
+		// Who has it on the loopback alone is no hindrance: clients write to the pod's address.
+		binary.BigEndian.PutUint32(w.addr.Addr[:], w.net.all.addr)
+		if errno = bind(fd, &w.addr); errno != 0 {
+			w.addr.Addr = [4]byte{}
+		}
+	}
 	if errno == 0 {
 		return
 	}

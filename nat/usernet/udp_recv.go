@@ -40,8 +40,8 @@ type datagramsIn struct {
 }
 
 // controlRoom is the room for a message's control data: the size of a run's
-// datagrams, the hop count and the type of service.
-const controlRoom = 96
+// datagrams, the hop count, the type of service and where it was sent to.
+const controlRoom = 128
 
 func newDatagramsIn() *datagramsIn {
 	arena, err := unix.Mmap(-1, 0, arenaLen, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
@@ -140,8 +140,9 @@ func (w *worker) deliver(b *frame.Batch) bool {
 	rx := w.udp.rx
 	for ; rx.at < rx.end; rx.at++ {
 		fl := w.table.at(rx.flow)
-		if fl.state == stateMapping && fl.gen == rx.gen {
-			if !w.fromHost(b, rx.flow, rx.at) {
+		if fl.gen == rx.gen {
+			switch {
+			case fl.state == stateMapping && !w.fromHost(b, rx.flow, rx.at), fl.state == stateAll && !w.toAnyPort(b, rx.at):
 				return false
 			}
 		}
@@ -154,6 +155,10 @@ func (w *worker) deliver(b *frame.Batch) bool {
 type ancillary struct {
 	segment  int // the size of the run's datagrams, 0 for a single one
 	ttl, tos uint8
+	// to and toPort are where it was sent to, of a socket that asks for that; a
+	// port is known for one of all ports only.
+	to     uint32
+	toPort uint16
 }
 
 func (rx *datagramsIn) ancillary(s int) (a ancillary) {
@@ -170,6 +175,8 @@ func (rx *datagramsIn) ancillary(s int) (a ancillary) {
 			a.ttl = uint8(binary.NativeEndian.Uint32(d))
 		case level == unix.SOL_IP && typ == unix.IP_TOS && len(d) >= 1:
 			a.tos = d[0]
+		case level == unix.SOL_IP && typ == unix.IP_ORIGDSTADDR && len(d) >= 8:
+			a.to, a.toPort = binary.BigEndian.Uint32(d[4:]), binary.BigEndian.Uint16(d[2:])
 		}
 		rest = more
 	}
@@ -203,8 +210,14 @@ func (w *worker) fromHost(b *frame.Batch, i int32, s int) bool {
 		}
 	}
 	fl.flags |= mapAnswered
-	n := int(rx.msgs[s].len)
-	a := rx.ancillary(s)
+	return w.fromPeer(b, fl, s, src, sport, rx.ancillary(s))
+}
+
+// fromPeer makes frames for a flow of what a slot holds, which the guest sees
+// come from src and sport. It reports false if there is no room for them in this
+// batch.
+func (w *worker) fromPeer(b *frame.Batch, fl *flow, s int, src uint32, sport uint16, a ancillary) bool {
+	n := int(w.udp.rx.msgs[s].len)
 	if src&w.net.mask == w.net.gateway&w.net.mask {
 		a.ttl = 64 // from the gateway itself, or somebody on its link
 	} else {

@@ -148,6 +148,7 @@ type Net struct {
 	ids      atomic.Uint32 // of packets that go to the guest in fragments
 	workers  []*worker
 	forwards forwards // see listen.go
+	all      allPorts // see listen_all.go
 	// saidNoPing: the log has it that there are no ping sockets.
 	saidNoPing atomic.Bool
 	// noPeekOff says that the kernel knows no SO_PEEK_OFF for TCP.
@@ -224,6 +225,7 @@ func (n *Net) Close() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.closed = true
+	n.closeAll()
 	for f, l := range n.listeners {
 		l.close()
 		delete(n.listeners, f)

@@ -79,6 +79,7 @@ type worker struct {
 	addr    unix.RawSockaddrInet4
 	sa      unix.SockaddrInet4
 	udp     udpScratch
+	caught  flow // see toAnyPort
 	evs     [eventsMax]unix.EpollEvent
 	quoted  frame.Frame      // see unreachable
 	scratch []byte           // see peekBehind
