@@ -13,9 +13,11 @@ import "os"
 // Device is what QEMU is given in place of a port. Its methods are not safe for
 // concurrent use, but for Status.
 type Device interface {
+	// Up lets the device speak on its network, which it does not before.
+	Up() error
 	// Open opens what QEMU is to have, in the order in which Netdev and
-	// Properties take it, and lets the device speak on its network. The caller
-	// closes the files when QEMU has its own. There may be none.
+	// Properties take it. The caller closes the files when QEMU has its own.
+	// There may be none.
 	Open() ([]*os.File, error)
 	// Netdev is the value of -netdev with this id, where fds are what the files
 	// are to QEMU: numbers, or names that its monitor knows. It is empty if the
