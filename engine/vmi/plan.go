@@ -33,6 +33,7 @@ type Interface struct {
 	Binding    Binding
 	Model      string           // never empty
 	MAC        net.HardwareAddr // 6 bytes, or nil if none was given; a Multus network's bridge always has one
+	MACMade    bool             // the spec has none: MAC is made of names
 	QueuePairs int              // 1 to 128
 
 	Network       Network
@@ -102,7 +103,7 @@ func Plan(docs Docs) []VM {
 			p.Network.NAD, p.Network.Lease = nad, leases[[2]int{i, j}]
 			switch {
 			case p.Binding == Bridge && !p.Network.Default && p.MAC == nil:
-				p.MAC = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name)
+				p.MAC, p.MACMade = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name), true
 			case p.Binding == Macvtap && nad != nil:
 				p.Network.Macvtap = docs.macvtapPool(nad)
 			case p.Binding == SRIOV && nad != nil:
