@@ -41,11 +41,14 @@ const (
 	PortGone     // the port was detached
 
 	// What a switch does not pass on.
-	BadSource // a source address that is zero or a group's
+	BadSource // a source address that is zero, a group's, or our own link's
 	WrongVLAN // of a VLAN that the port is not a member of, or without a tag where one is needed
 	SamePort  // the destination is where the frame comes from
 	LinkLocal // for the next bridge only (IEEE 802.1Q, table 8-1)
 	Storm     // the port's share of frames for many is used up
+
+	// What a link with one hardware address does not carry.
+	ForeignMAC // for another address than the link's
 
 	NumReasons // how many there are
 )
@@ -56,6 +59,7 @@ var reasonNames = [NumReasons]string{
 	"frag_needed", "policy", "no_flow", "table_full", "no_port", "rate_limited", "frag_pending",
 	"frag_overflow", "no_buffer", "queue_stopped", "send_failed", "batch_full", "port_gone",
 	"bad_source", "wrong_vlan", "same_port", "link_local", "storm",
+	"foreign_mac",
 }
 
 // String returns the name under which the reason is counted.
