@@ -23,7 +23,7 @@ var guide = []struct {
 	{file: "02-ovs-nad"},
 	{file: "03-ovs-vm", vmis: 1, unsupported: []string{"spec.networks[1].multus.networkName"}},
 	{file: "04-default-nad"},
-	{file: "05-default-vm", vmis: 1, unsupported: []string{"spec.networks[0].multus.default"}},
+	{file: "05-default-vm", vmis: 1},
 	{file: "06-e1000-ports", vmis: 1},
 	{file: "07-tuning-nad"},
 	{file: "08-no-autoattach", vmis: 1},
