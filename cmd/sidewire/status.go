@@ -47,6 +47,8 @@ type InterfaceStatus struct {
 	Guest      netip.Addr          `json:"guest,omitzero"` // what it is leased
 	Gateway    netip.Addr          `json:"gateway,omitzero"`
 	Alias      *netip.Addr         `json:"alias,omitempty"` // the guest's address to the pod, if another
+	Taken      *TakenStatus        `json:"taken,omitempty"`     // the link whose place the guest has
+	Migration  *MigrationStatus    `json:"migration,omitempty"` // of a bridge on a link of the pod's
 	MAC        string              `json:"mac,omitempty"`   // the guest's, as given or as seen
 	LinkState  string              `json:"linkState"`       // up while a frontend is connected: so the guest sees it
 	MTU        int                 `json:"mtu"`
@@ -58,10 +60,11 @@ type InterfaceStatus struct {
 	Leases     []dhcp.LeaseInfo    `json:"leases"`
 	DHCP       dhcp.Stats          `json:"dhcp"`
 	DNS        ResolverStatus      `json:"dns,omitzero"`
-	NAT        *nat.Stats          `json:"nat,omitempty"`     // of the packet path
-	Sockets    *usernet.Stats      `json:"sockets,omitempty"` // of the socket path
-	Policy     []string            `json:"policy,omitempty"`  // rules of the socket path, of which the first that fits decides
-	Forwards   []forwardRequest    `json:"forwards"`          // null: everything
+	NAT        *nat.Stats          `json:"nat,omitempty"`        // of the packet path
+	Sockets    *usernet.Stats      `json:"sockets,omitempty"`    // of the socket path
+	Policy     []string            `json:"policy,omitempty"`     // rules of the socket path, of which the first that fits decides
+	Forwards   []forwardRequest    `json:"forwards"`             // null: everything
+	Everything bool                `json:"everything,omitempty"` // every TCP and UDP port, beside forwards, by sockets
 }
 
 // Status implements controller.
@@ -202,6 +205,10 @@ func printStatus(out io.Writer, st Status) error {
 			printPort(w, i)
 			continue
 		}
+		if i.Taken != nil {
+			printTaken(w, i)
+			continue
+		}
 		fmt.Fprintf(w, "  path\t%s\n", i.Path)
 		if i.Pod.IsValid() {
 			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
@@ -216,7 +223,7 @@ func printStatus(out io.Writer, st Status) error {
 		}
 		printLeases(w, i)
 		fmt.Fprintf(w, "  names\t%s\n", i.DNS)
-		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
+		printForwards(w, i)
 		if i.NAT != nil {
 			fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
 		}
@@ -236,6 +243,18 @@ func printStatus(out io.Writer, st Status) error {
 		fmt.Fprintf(w, "%s\t%d frames, %d bytes\t%d frames, %d bytes\t%s\n", p.Name, p.InFrames, p.InBytes, p.OutFrames, p.OutBytes, dropList(p.Drops))
 	}
 	return w.Flush()
+}
+
+func printForwards(w io.Writer, i InterfaceStatus) {
+	if !i.Everything {
+		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
+		return
+	}
+	fmt.Fprint(w, "  forwards\tevery TCP and UDP port")
+	if len(i.Forwards) > 0 {
+		fmt.Fprintf(w, ", and %s", forwardList(i.Forwards))
+	}
+	fmt.Fprintln(w)
 }
 
 func printLeases(w io.Writer, i InterfaceStatus) {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/netip"
 	"os"
 	"slices"
@@ -33,9 +32,10 @@ type userNIC struct {
 	mtu   int
 	ports []usernet.Forward // that the VMI and the flags ask for
 
-	net  *usernet.Net
-	host frame.PortID // what the host's sockets have for the guest
-	dns  *resolver
+	net      *usernet.Net
+	redirect *uplink.Redirect // of all ports; nil where only those in the list lead to the guest
+	host     frame.PortID     // what the host's sockets have for the guest
+	dns      *resolver
 }
 
 // hostSide is the engine's port of the host's sockets. They bring frames; what
@@ -112,7 +112,7 @@ func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine fu
 	if err := n.wire(s, workers); err != nil {
 		return err
 	}
-	if err := n.publish(s, o); err != nil {
+	if err := n.publish(s); err != nil {
 		return err
 	}
 	n.resolve(ctx, s, n.dns, func() dhcp.Config { return n.dhcpConfig(o) })
@@ -209,30 +209,6 @@ func (n *userNIC) wire(s *server, workers []int) error {
 	return nil
 }
 
-// publish forwards the ports that the VMI and the flags ask for, and says what
-// is not.
-func (n *userNIC) publish(s *server, o *options) error {
-	for _, f := range n.ports {
-		if err := n.net.AddForward(f); err != nil {
-			if errors.Is(err, unix.EACCES) {
-				err = fmt.Errorf("%w, or another port that leads there: --forward PORT:%d", err, f.Guest)
-			}
-			return cannot("%w", err)
-		}
-	}
-	if n.slirp() || len(n.iface.Ports) > 0 {
-		return nil
-	}
-	log := s.log.With("interface", n.name())
-	if len(n.ports) == 0 {
-		log.Warn("no ports are listed, which means all, but without CAP_NET_ADMIN and CAP_NET_RAW none of them reaches the guest from outside: list ports, or name some with --forward")
-		return nil
-	}
-	log.Warn("no ports are listed, which means all, but without CAP_NET_ADMIN and CAP_NET_RAW only these reach the guest from outside; other ports, and other protocols than TCP and UDP, do not",
-		"ports", forwardList(n.forwards()))
-	return nil
-}
-
 // dhcpConfig is what the guest is leased.
 func (n *userNIC) dhcpConfig(o *options) dhcp.Config {
 	net, resolv := n.iface.Network, n.dns.config()
@@ -259,6 +235,7 @@ func (n *userNIC) status(*server) InterfaceStatus {
 		st.MAC = m.String()
 	}
 	st.DNS, st.Sockets, st.Forwards = n.dns.status(), &net, n.forwards()
+	st.Everything = n.redirect != nil
 	for _, r := range n.net.Policy().Rules {
 		st.Policy = append(st.Policy, r.String())
 	}
@@ -273,6 +250,9 @@ func (n *userNIC) forwards() []forwardRequest {
 			r.Guest = f.Guest
 		}
 		out = append(out, r)
+	}
+	if len(out) == 0 && n.redirect != nil {
+		return nil
 	}
 	return out
 }

@@ -28,8 +28,14 @@ const nobody = 65534
 // waits until it is ready.
 func startNobody(t *testing.T, w *enginetest.World, vmi string, flags ...string) *process {
 	t.Helper()
+	return startWith(t, w, "", vmi, flags...)
+}
+
+// startWith is startNobody for a user with capabilities.
+func startWith(t *testing.T, w *enginetest.World, caps, vmi string, flags ...string) *process {
+	t.Helper()
 	p := prepareNobody(t, w, vmi)
-	p.launch(p.nobody(w, flags...))
+	p.launch(p.with(w, caps, flags...))
 	t.Cleanup(func() {
 		p.stop()
 		if t.Failed() {
@@ -61,8 +67,12 @@ func prepareNobody(t *testing.T, w *enginetest.World, vmi string) *process {
 }
 
 // nobody is the program as that user, in the pod.
-func (p *process) nobody(w *enginetest.World, flags ...string) *exec.Cmd {
-	args := append([]string{"--reuid", fmt.Sprint(nobody), "--regid", fmt.Sprint(nobody), "--clear-groups", "--bounding-set", "-all", "--inh-caps", "-all", "--no-new-privs",
+func (p *process) nobody(w *enginetest.World, flags ...string) *exec.Cmd { return p.with(w, "", flags...) }
+
+// with is the program as that user, with capabilities such as ",+net_admin".
+func (p *process) with(w *enginetest.World, caps string, flags ...string) *exec.Cmd {
+	args := append([]string{"--reuid", fmt.Sprint(nobody), "--regid", fmt.Sprint(nobody), "--clear-groups",
+		"--bounding-set", "-all" + caps, "--inh-caps", "-all" + caps, "--ambient-caps", "-all" + caps, "--no-new-privs",
 		filepath.Join(p.dir, "sidewire"), "run", "-f", p.vmi, "--socket-dir", p.dir, "--resolv-conf", filepath.Join(p.dir, "resolv.conf")}, flags...)
 	cmd := w.Pod.Command("setpriv", args...)
 	cmd.Env = append(os.Environ(), "SIDEWIRE_TEST_MAIN=1")

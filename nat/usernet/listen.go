@@ -216,6 +216,10 @@ func (n *Net) bound(l *listener, typ int, share bool) (int32, error) {
 			sa.Addr = l.forward.Addr.As4()
 		}
 		if err = unix.Bind(int(fd), &sa); err == nil {
+			if typ == unix.SOCK_STREAM {
+				// Who may not mark it as ours has no need to: see uplink.Redirect.
+				setInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+			}
 			return fd, nil
 		}
 		_ = unix.Close(int(fd))

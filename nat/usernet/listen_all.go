@@ -97,6 +97,13 @@ func (n *Net) OpenAll(pod [4]byte) (tcp, udp uint16, err error) {
 	return tcp, udp, nil
 }
 
+// CloseAll undoes OpenAll. Connections that came stay.
+func (n *Net) CloseAll() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closeAll()
+}
+
 // closeAll undoes what OpenAll has done; n.mu is held.
 func (n *Net) closeAll() {
 	l := n.all.tcp

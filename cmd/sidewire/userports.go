@@ -1,0 +1,86 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"sidewire/engine/uplink"
+)
+
+// publish forwards the ports that the VMI and the flags ask for, and says what
+// is not.
+func (n *userNIC) publish(s *server) error {
+	for _, f := range n.ports {
+		if err := n.net.AddForward(f); err != nil {
+			if errors.Is(err, unix.EACCES) {
+				err = fmt.Errorf("%w, or another port that leads there: --forward PORT:%d", err, f.Guest)
+			}
+			return cannot("%w", err)
+		}
+	}
+	if n.slirp() || len(n.iface.Ports) > 0 {
+		return nil
+	}
+	log := s.log.With("interface", n.name())
+	why := n.publishAll(s)
+	switch {
+	case why == "":
+		log.Info("every TCP and UDP port leads to the guest; other protocols, and UDP ports that a process of the pod has, stay with the pod")
+		if low := lowestPort(n.netns); low > 1 {
+			log.Warn("the guest's answers from low UDP ports leave from others, which clients do not know: it takes CAP_NET_BIND_SERVICE, or the setting net.ipv4.ip_unprivileged_port_start",
+				"ports", fmt.Sprintf("1-%d", low-1))
+		}
+	case len(n.ports) == 0:
+		log.Warn("no ports are listed, which means all, but none of them reaches the guest from outside: list ports, or name some with --forward", "why", why)
+	default:
+		log.Warn("no ports are listed, which means all, but only these reach the guest from outside; other ports, and other protocols than TCP and UDP, do not",
+			"why", why, "ports", forwardList(n.forwards()))
+	}
+	return nil
+}
+
+// publishAll leads everything that arrives for the pod to the guest, or says why
+// it cannot.
+func (n *userNIC) publishAll(s *server) (why string) {
+	switch {
+	case !hasCapability(unix.CAP_NET_ADMIN):
+		return "CAP_NET_ADMIN missing"
+	case !n.pod.IsValid():
+		return "link " + n.link + " has no IPv4 address"
+	}
+	tcp, udp, err := n.net.OpenAll(n.pod.As4())
+	if err != nil {
+		return err.Error()
+	}
+	err = uplink.InNetNS(n.netns, func() (err error) {
+		n.redirect, err = uplink.OpenRedirect(uplink.RedirectConfig{Link: n.link, Pod: n.pod, TCP: tcp, UDP: udp})
+		return err
+	})
+	if err != nil {
+		n.net.CloseAll()
+		return err.Error()
+	}
+	s.onStop(n.redirect.Close)
+	return ""
+}
+
+// lowestPort is the lowest port that we may bind in a namespace.
+func lowestPort(netns string) (low int) {
+	if hasCapability(unix.CAP_NET_BIND_SERVICE) {
+		return 1
+	}
+	low = 1024
+	_ = uplink.InNetNS(netns, func() error {
+		b, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+		if p, perr := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && perr == nil {
+			low = p
+		}
+		return err
+	})
+	return max(low, 1)
+}
