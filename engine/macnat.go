@@ -172,6 +172,7 @@ const (
 // lie in memory that is lent to others too.
 func (p *natPort) Push(worker int, fs []*frame.Frame) {
 	w := p.nat.workers[worker]
+	w.reset()             // a fault may have ended the last call
 	w.sec = second(Now()) // one reading for the group: a batch's time is not passed on to ports
 	for len(fs) > 0 {
 		n, list := 0, w.list[:0]
@@ -374,7 +375,7 @@ func (n *MACNAT) Process(b *frame.Batch) {
 			f.Drop(frame.ForeignMAC)
 			continue
 		}
-		widen(f, frame.HeadSize)
+		widen(f, maxTagged)
 		typ, off, vlan := l3(f)
 		if f.Flags&frame.NeedsCsum != 0 && int(f.CsumStart) < off {
 			f.Drop(frame.BadOffload)

@@ -38,6 +38,8 @@ type Config struct {
 	Direct bool
 	// Promiscuous receives frames for foreign addresses too.
 	Promiscuous bool
+	// AllMulti receives frames for all groups, without Promiscuous.
+	AllMulti bool
 	// Mark is put on frames that are sent; 0 is none.
 	Mark uint32
 }
@@ -48,6 +50,17 @@ type Uplink struct {
 	queues  []*Queue
 	senders []*sender
 	index   int
+}
+
+// membership is what beside its own frames the link is to receive.
+func (c Config) membership() uint16 {
+	switch {
+	case c.Promiscuous:
+		return unix.PACKET_MR_PROMISC
+	case c.AllMulti:
+		return unix.PACKET_MR_ALLMULTI
+	}
+	return noMembership
 }
 
 // Open makes an Uplink in the current network namespace. It needs
@@ -89,7 +102,7 @@ func Open(c Config) (u *Uplink, err error) {
 		queues, prog = 2, setApart()
 	}
 	for i := range queues {
-		q, err := newQueue(in, i, direct, c.Promiscuous)
+		q, err := newQueue(in, i, direct, c.membership())
 		if err != nil {
 			return u, err
 		}

@@ -16,6 +16,8 @@ const (
 	slots    = 32
 	slotSize = 64 << 10
 	vlanLen  = 4
+	// noMembership is none of the kernel's PACKET_MR values, of which 0 is one.
+	noMembership = 0xffff
 	// auxSpace is CMSG_SPACE(sizeof(struct tpacket_auxdata)) on a 64-bit
 	// machine, and more than that on others.
 	auxSpace = 40
@@ -44,13 +46,13 @@ type Queue struct {
 	arena []byte
 }
 
-func newQueue(link, index int, direct, promiscuous bool) (*Queue, error) {
+func newQueue(link, index int, direct bool, membership uint16) (*Queue, error) {
 	fd, err := packetSocket(link)
 	if err != nil {
 		return nil, err
 	}
 	q := &Queue{fd: fd, index: index, headLen: frame.HeadSize, arena: make([]byte, slots*slotSize)}
-	if err := q.setup(link, direct, promiscuous); err != nil {
+	if err := q.setup(link, direct, membership); err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
@@ -67,7 +69,7 @@ func newQueue(link, index int, direct, promiscuous bool) (*Queue, error) {
 	return q, nil
 }
 
-func (q *Queue) setup(link int, direct, promiscuous bool) (err error) {
+func (q *Queue) setup(link int, direct bool, membership uint16) (err error) {
 	if q.hdrLen, err = setVnetHdr(q.fd); err != nil {
 		return err
 	}
@@ -84,10 +86,10 @@ func (q *Queue) setup(link int, direct, promiscuous bool) (err error) {
 	if err := unix.SetsockoptInt(q.fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
 		return fmt.Errorf("PACKET_IGNORE_OUTGOING: %w", err)
 	}
-	if promiscuous {
-		m := unix.PacketMreq{Ifindex: int32(link), Type: unix.PACKET_MR_PROMISC}
+	if membership != noMembership {
+		m := unix.PacketMreq{Ifindex: int32(link), Type: membership}
 		if err := unix.SetsockoptPacketMreq(q.fd, unix.SOL_PACKET, unix.PACKET_ADD_MEMBERSHIP, &m); err != nil {
-			return fmt.Errorf("promiscuous mode: %w", err)
+			return fmt.Errorf("packet membership: %w", err)
 		}
 	}
 	return nil
