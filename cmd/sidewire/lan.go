@@ -36,6 +36,8 @@ type lanUplink struct {
 	link string
 	mtu  int
 	mac  frame.MAC
+	kind uplink.LinkKind
+	nat  *engine.MACNAT // nil: frames pass with the guests' own addresses
 	up   *uplink.Uplink
 	port frame.PortID
 }
@@ -60,7 +62,7 @@ func (l *lan) guests() string {
 func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
 	l.sw = s.engine.NewSwitch(l.config())
 	if len(l.links) > 0 {
-		if err := uplink.InNetNS(l.netns, func() error { return l.openLinks(s) }); err != nil {
+		if err := uplink.InNetNS(l.netns, func() error { return l.openLinks(s, o) }); err != nil {
 			return hostError(err)
 		}
 	}
@@ -94,11 +96,15 @@ func (l *lan) config() engine.SwitchConfig {
 }
 
 // openLinks joins the host's links.
-func (l *lan) openLinks(s *server) error {
+func (l *lan) openLinks(s *server, o *options) error {
 	for _, name := range l.links {
 		u := &lanUplink{link: name}
 		var err error
-		u.up, err = uplink.Open(uplink.Config{Link: name, Workers: s.engine.Workers(), Promiscuous: true})
+		if u.kind, err = l.kindOf(o, name); err != nil {
+			return err
+		}
+		one := u.kind.OneMAC
+		u.up, err = uplink.Open(uplink.Config{Link: name, Workers: s.engine.Workers(), Promiscuous: !one, AllMulti: one})
 		if err != nil {
 			return err
 		}
@@ -106,7 +112,14 @@ func (l *lan) openLinks(s *server) error {
 		if err := l.inspect(u); err != nil {
 			return err
 		}
-		if u.port, err = s.engine.AddPort("uplink "+name, u.up); err != nil {
+		var port engine.Port = u.up
+		if one {
+			if err := l.translate(s, u); err != nil {
+				return err
+			}
+			port = u.nat.Port(u.up)
+		}
+		if u.port, err = s.engine.AddPort("uplink "+name, port); err != nil {
 			return err
 		}
 		l.ups = append(l.ups, u)
@@ -137,7 +150,7 @@ func (l *lan) inspect(u *lanUplink) error {
 		return fmt.Errorf("addresses of %s: %w", u.link, err)
 	}
 	if len(addrs) > 0 {
-		return fmt.Errorf("not supported yet: link %s has the address %s, which is to be the guest's; take it away, or name another link with --uplink", u.link, addrs[0].IPNet)
+		return fmt.Errorf("link %s got the address %s meanwhile, which is to be the guest's: start again", u.link, addrs[0].IPNet)
 	}
 	return nil
 }
@@ -219,7 +232,14 @@ func (l *lan) wire(s *server) error {
 		if err != nil {
 			return err
 		}
-		e.SetStages(u.port, hostFrames(u.mac), stage)
+		switch {
+		case u.nat != nil:
+			e.SetStages(u.port, u.nat, stage)
+		case l.guestHas(u.mac):
+			e.SetStages(u.port, stage)
+		default:
+			e.SetStages(u.port, hostFrames(u.mac), stage)
+		}
 		for i, q := range u.up.Queues() {
 			w := i % e.Workers()
 			if err := q.SetWatcher(e.Worker(w)); err != nil {
@@ -284,7 +304,7 @@ const (
 
 // snapshot is how much of a frame the stages of the port read.
 func (n *lanNIC) snapshot() int {
-	if n.iface.Network.Lease != nil || n.nad().Switch.CheckARP {
+	if n.iface.Network.Lease != nil || n.nad().Switch.CheckARP || n.lan.oneMAC() {
 		return 0 // DHCP, ARP and ND lie behind the headers
 	}
 	for _, o := range n.lan.nics {

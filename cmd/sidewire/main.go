@@ -48,6 +48,7 @@ func commands() []command {
 		{"run", "-f VMI.yaml [flags]", "serve every interface of the VMIs until SIGTERM", runCommand},
 		{"validate", "-f FILE...", "one line per fault; exit 1 if there is one", validateCommand},
 		{"qemu-args", "-f VMI.yaml [flags]", "the QEMU arguments for the interfaces, one per line", qemuArgsCommand},
+		{"restore", "[--netns PATH]... [--state-dir DIR]", "put back links that a crashed run left, without serving", restoreCommand},
 		{"demo", "", "boot a real guest and show each thing working", demoCommand},
 		{"status", "[--json]", "what a running sidewire does", statusCommand},
 		{"fdb", "[--json]", "the addresses that the switches of a running sidewire know", fdbCommand},

@@ -23,13 +23,18 @@ type plan struct {
 	pods  []*pod
 	lans  []*lan
 	users []*userNIC
-	all   []served // in the order of the files
+	// bridges are guests that take a link's place.
+	bridges []*podBridge
+	all     []served // in the order of the files
 }
 
 // planAll finds for every interface what it is joined to: the address of a
 // namespace, sockets of ours, or a switch.
 func planAll(o *options, vms []vmi.VM) (*plan, error) {
-	if err := checkUplinks(o, vms); err != nil {
+	if err := errors.Join(checkUplinks(o, vms), checkMACNAT(o, vms)); err != nil {
+		return nil, err
+	}
+	if err := adoptLinks(o, vms); err != nil {
 		return nil, err
 	}
 	p := &plan{}
@@ -40,8 +45,9 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 			if err := checkSocketPath(n.socket); err != nil {
 				return nil, err
 			}
-			var err error
+			taken, err := p.addBridge(o, n)
 			switch {
+			case taken || err != nil:
 			case i.Binding == vmi.Bridge && i.Network.NAD != nil:
 				err = p.addLAN(o, n, lans)
 			case onSockets(o, i):
@@ -57,7 +63,7 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 	if len(p.all) == 0 {
 		return nil, badInput("the VMIs have no interface to serve")
 	}
-	return p, errors.Join(checkLinks(p), checkUserFlags(o, p))
+	return p, errors.Join(checkLinks(p), checkBridges(p), checkUserFlags(o, p))
 }
 
 func (p *plan) addPod(o *options, n nic, pods map[string]*pod) error {

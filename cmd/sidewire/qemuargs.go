@@ -37,6 +37,9 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 			return cannot("network namespace: %w; name the pod's with --netns", err)
 		}
 	}
+	if err := adoptLinks(&o, vms); err != nil {
+		return err
+	}
 	version, err := vmi.AskQEMUVersion(ctx, o.qemu)
 	if err != nil {
 		fmt.Fprintf(errw, "warning: %v: taking it for an old one; name yours with --qemu\n", err)
@@ -66,6 +69,12 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 func linkMTU(o *options, vm vmi.VM, i vmi.Interface) (mtu int) {
 	if onSockets(o, i) {
 		return userMTU(o, netnsOf(o, vm), o.uplinkOf(i.Name), i.Binding == vmi.Slirp)
+	}
+	if name, v, err := podLink(o, vm, i); err != nil || name != "" {
+		if err != nil {
+			return 0
+		}
+		return v.MTU
 	}
 	names := []string{o.uplinkOf(i.Name)}
 	if nad := i.Network.NAD; nad != nil && nad.Switch != nil {

@@ -92,6 +92,9 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 		return s, err
 	}
 	s.onStop(func() error { stopControl(); return nil })
+	if err := s.restoreStale(o, p); err != nil {
+		return s, err
+	}
 	mode, err := o.pollMode()
 	if err != nil {
 		return s, err
@@ -123,6 +126,11 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	for _, l := range p.lans {
 		if err := l.open(ctx, s, o, stopEngine); err != nil {
 			return s, fmt.Errorf("%s: %w", l.guests(), err)
+		}
+	}
+	for _, b := range p.bridges {
+		if err := b.open(ctx, s, o, stopEngine); err != nil {
+			return s, fmt.Errorf("%s: %w", b.name(), err)
 		}
 	}
 	s.mu.Lock()

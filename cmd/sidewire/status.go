@@ -46,11 +46,11 @@ type InterfaceStatus struct {
 	Pod        netip.Addr          `json:"pod,omitzero"`
 	Guest      netip.Addr          `json:"guest,omitzero"` // what it is leased
 	Gateway    netip.Addr          `json:"gateway,omitzero"`
-	Alias      *netip.Addr         `json:"alias,omitempty"` // the guest's address to the pod, if another
+	Alias      *netip.Addr         `json:"alias,omitempty"`     // the guest's address to the pod, if another
 	Taken      *TakenStatus        `json:"taken,omitempty"`     // the link whose place the guest has
 	Migration  *MigrationStatus    `json:"migration,omitempty"` // of a bridge on a link of the pod's
-	MAC        string              `json:"mac,omitempty"`   // the guest's, as given or as seen
-	LinkState  string              `json:"linkState"`       // up while a frontend is connected: so the guest sees it
+	MAC        string              `json:"mac,omitempty"`       // the guest's, as given or as seen
+	LinkState  string              `json:"linkState"`           // up while a frontend is connected: so the guest sees it
 	MTU        int                 `json:"mtu"`
 	QueueCount int                 `json:"queueCount"`
 	Socket     string              `json:"socket"`

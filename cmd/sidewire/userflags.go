@@ -175,7 +175,7 @@ func parseUserForward(text string) (name string, fs []usernet.Forward, err error
 // onSockets says whether an interface's guest reaches the network by sockets of
 // ours.
 func onSockets(o *options, i vmi.Interface) bool {
-	if i.Network.NAD != nil {
+	if i.Network.NAD != nil || i.Binding == vmi.Bridge {
 		return false
 	}
 	path, _ := masqueradePath(o)

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"sidewire/engine/uplink"
+)
+
+// restoreCommand puts back what runs that crashed have left of links whose place
+// a guest had.
+func restoreCommand(_ context.Context, args []string, out, errw io.Writer) error {
+	var o options
+	var spaces list
+	fs := newFlags("restore", errw)
+	fs.Var(&spaces, "netns", "network namespace `PATH` of a pod (default: the own one); may be repeated")
+	fs.StringVar(&o.socketDir, "socket-dir", runtimeDir(), "`DIR` that was given to run")
+	fs.StringVar(&o.stateDir, "state-dir", "", "`DIR` that was given to run (default SOCKET-DIR/state)")
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	if len(spaces) == 0 {
+		spaces = list{""}
+	}
+	var errs []error
+	for _, ns := range spaces {
+		done, err := restoreLinks(&o, ns, nil)
+		for _, s := range done {
+			fmt.Fprintf(out, "%s put back as it was before %s had its place\n", s.Link, s.Owner)
+		}
+		if errs = append(errs, err); err == nil && len(done) == 0 {
+			fmt.Fprintln(out, "nothing to put back"+in(ns))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return bridgeError(err)
+	}
+	return nil
+}
+
+func in(netns string) string {
+	if netns == "" {
+		return ""
+	}
+	return " in " + netns
+}
+
+// restoreLinks puts back what crashed runs have left in a namespace, but for
+// what keep wants as it is.
+func restoreLinks(o *options, netns string, keep func(*uplink.Saved) bool) (done []*uplink.Saved, err error) {
+	if _, err := os.Stat(o.linkState()); errors.Is(err, os.ErrNotExist) {
+		return nil, nil // nothing was ever written down; to look takes no privilege
+	}
+	err = uplink.InNetNS(netns, func() error {
+		done, err = uplink.RestoreSaved(o.linkState(), keep)
+		return err
+	})
+	return done, err
+}
+
+// restoreStale puts back, in the namespaces that are served, links that crashed
+// runs have left and that are not the same guest's again.
+func (s *server) restoreStale(o *options, p *plan) error {
+	seen := map[string]bool{}
+	for _, n := range p.all {
+		netns := netnsOf(o, n.base().vm)
+		if seen[netns] {
+			continue
+		}
+		seen[netns] = true
+		done, err := restoreLinks(o, netns, func(w *uplink.Saved) bool {
+			for _, b := range p.bridges {
+				if b.netns == netns && b.link == w.Link && b.name() == w.Owner {
+					return true
+				}
+			}
+			return false
+		})
+		for _, w := range done {
+			s.log.Info("link is put back as it was before a crash", "link", w.Link, "netns", netns, "was", w.Owner)
+		}
+		if errors.Is(err, uplink.ErrInUse) {
+			s.log.Debug("another sidewire serves a link here", "netns", netns, "err", err)
+		} else if err != nil {
+			return bridgeError(err)
+		}
+	}
+	return nil
+}
