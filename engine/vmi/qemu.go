@@ -80,21 +80,30 @@ func (i Interface) SocketPath(dir string) string {
 // left out or is needed besides. Machine type and accelerator are the caller's; interfaces with a PCI address need q35.
 func QEMUArgs(vm VM, o QEMUOptions) (args, notes []string, err error) {
 	b := &qemuArgs{o: o}
-	b.machine(vm)
+	b.memory(vm)
+	b.smp(vm)
+	if err := b.nics(vm); err != nil {
+		return nil, nil, err
+	}
+	return b.args, b.notes, nil
+}
+
+// nics adds the interfaces.
+func (b *qemuArgs) nics(vm VM) error {
 	// Devices that have a place go first, so that none that may be anywhere takes it.
 	order := slices.Clone(vm.Interfaces)
 	slices.SortStableFunc(order, func(x, y Interface) int {
 		return placedFirst(x) - placedFirst(y)
 	})
 	if err := b.buses(order); err != nil {
-		return nil, nil, err
+		return err
 	}
 	for _, i := range order {
 		if err := b.add(i); err != nil {
-			return nil, nil, fmt.Errorf("interface %q: %w", i.Name, err)
+			return fmt.Errorf("interface %q: %w", i.Name, err)
 		}
 	}
-	return b.args, b.notes, nil
+	return nil
 }
 
 func placedFirst(i Interface) int {
@@ -118,9 +127,9 @@ func (b *qemuArgs) note(format string, args ...any) {
 	}
 }
 
-// machine: memory has to be shared and backed by a file, or the engine never sees the guest's rings; QEMU only
+// memory has to be shared and backed by a file, or the engine never sees the guest's rings; QEMU only
 // prints a warning about that and runs on with a dead NIC.
-func (b *qemuArgs) machine(vm VM) {
+func (b *qemuArgs) memory(vm VM) {
 	align := uint64(2 << 20)
 	huge := ""
 	if vm.Hugepage > 0 {
@@ -131,6 +140,9 @@ func (b *qemuArgs) machine(vm VM) {
 	b.arg("-m", size)
 	b.arg("-object", "memory-backend-memfd,id=mem,size="+size+",share=on"+huge)
 	b.arg("-numa", "node,memdev=mem")
+}
+
+func (b *qemuArgs) smp(vm VM) {
 	smp := strconv.Itoa(vm.VCPUs)
 	if t := vm.Topology; t != (CPU{}) {
 		smp += fmt.Sprintf(",sockets=%d,cores=%d,threads=%d", t.Sockets, t.Cores, t.Threads)
