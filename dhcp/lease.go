@@ -50,7 +50,7 @@ func (s *Server) Export() State {
 
 // Import takes up a state that Export returned. It refuses, without a change,
 // one of another version and one with a lease that this server's configuration
-// does not give.
+// does not give. OnLease is told of the lease.
 func (s *Server) Import(st State) error {
 	if st.Version != stateVersion {
 		return fmt.Errorf("dhcp: import state: version %d, want %d", st.Version, stateVersion)
@@ -70,6 +70,9 @@ func (s *Server) Import(st State) error {
 		lease = &l
 	}
 	s.lease = lease
+	if lease != nil && o.OnLease != nil && o.Now().Before(lease.Expiry) {
+		o.OnLease(lease.MAC)
+	}
 	return nil
 }
 

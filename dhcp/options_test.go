@@ -14,6 +14,8 @@ import (
 	"github.com/insomniacslk/dhcp/rfc1035label"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"sidewire/engine/frame"
 )
 
 // full is a configuration with every option that KubeVirt sends.
@@ -384,8 +386,11 @@ func TestLeases(t *testing.T) {
 	assert.Equal(t, "INFORM", n.s.Leases()[0].LastMessage)
 
 	st := n.s.Export()
+	var told []frame.MAC
+	c.OnLease = func(m frame.MAC) { told = append(told, m) }
 	m := newBench(t, c)
 	require.NoError(t, m.s.Import(st))
+	assert.Equal(t, []frame.MAC{guestMAC}, told)
 	assert.Equal(t, n.s.Leases(), m.s.Leases())
 	assert.Equal(t, st, m.s.Export())
 

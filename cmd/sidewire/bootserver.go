@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"sidewire/dhcp"
-	"sidewire/engine/frame"
 	"sidewire/nat/dns"
 )
 
@@ -49,21 +48,13 @@ func (b *bootServer) again() {
 	}
 }
 
-// lease puts the address into a lease, whose guest has the name looked up again
-// whenever it takes one: what it boots next may be elsewhere.
+// lease puts the address into a lease.
 func (b *bootServer) lease(c *dhcp.Config) {
 	if b == nil {
 		return
 	}
 	if a := b.addr.Load(); a != nil {
 		c.NextServer = *a
-	}
-	tell := c.OnLease
-	c.OnLease = func(m frame.MAC) {
-		if tell != nil {
-			tell(m)
-		}
-		b.again()
 	}
 }
 

@@ -26,6 +26,7 @@ type nic struct {
 	order  int // among all that are served, as the files have them
 
 	dhcp *dhcp.Server
+	book *leaseBook
 	boot *bootServer // nil unless the lease names a TFTP server whose address is to be found
 	// One of the two is the device, by the model.
 	device *vhostuser.Device
@@ -56,6 +57,7 @@ func (n *nic) mac() (m frame.MAC) {
 // open makes the device and its port. snapshot is how many bytes of a frame the
 // port's stages read, 0 for all that they can.
 func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
+	n.book = s.book
 	if !n.virtio() {
 		n.stream, err = stream.New(stream.Config{
 			Name: n.name(), Path: n.socket, Client: o.mode == "client", MTU: mtu, Log: s.log.With("interface", n.name()),
@@ -106,6 +108,9 @@ func (n *nic) attachTo(s *server, workers []int) {
 
 // listen lets the frontend connect.
 func (n *nic) listen(ctx context.Context, s *server) error {
+	if n.dhcp != nil {
+		s.book.take(n)
+	}
 	if err := os.MkdirAll(filepath.Dir(n.socket), 0o700); err != nil {
 		return cannot("socket directory: %w; name another with --socket-dir", err)
 	}
@@ -135,7 +140,24 @@ func (n *nic) leaseOptions(c *dhcp.Config, o *options) {
 	if n.boot == nil {
 		n.boot = newBootServer(d.TFTPServer)
 	}
+	tell := c.OnLease
+	c.OnLease = func(m frame.MAC) {
+		if tell != nil {
+			tell(m)
+		}
+		n.book.leased()
+		n.boot.again() // what it boots next may be elsewhere
+	}
 	n.boot.lease(c)
+}
+
+// leaseKey names the interface among all guests, of other runs too.
+func (n *nic) leaseKey() string {
+	namespace := n.vm.Namespace
+	if namespace == "" {
+		namespace = "default"
+	}
+	return namespace + "/" + n.name()
 }
 
 // resolve lets the guest's names be resolved by r, as the pod's are, and keeps

@@ -25,7 +25,7 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 	if err := o.check(); err != nil {
 		return err
 	}
-	vms, err := load(&o, errw)
+	vms, err := load(&o, errw, nil)
 	if err != nil {
 		return err
 	}

@@ -33,17 +33,18 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err := o.check(); err != nil {
 		return err
 	}
-	vms, err := load(&o, errw)
-	if err != nil {
-		return err
-	}
-	debug.SetMemoryLimit(memorySoftLimit)
 	level := slog.LevelInfo
 	if o.verbose {
 		level = slog.LevelDebug
 	}
 	log := slog.New(slog.NewTextHandler(errw, &slog.HandlerOptions{Level: level}))
-	s, err := start(ctx, &o, vms, log)
+	book := newLeaseBook(&o, log)
+	vms, err := load(&o, errw, book)
+	if err != nil {
+		return err
+	}
+	debug.SetMemoryLimit(memorySoftLimit)
+	s, err := start(ctx, &o, vms, book, log)
 	if err != nil {
 		return err
 	}
@@ -61,6 +62,7 @@ type server struct {
 	started time.Time
 	path    string
 	engine  *engine.Engine
+	book    *leaseBook
 	turn    int // of the worker that gets the next queue pair
 	// socketShare is how many sockets each interface may have that has its own.
 	socketShare int
@@ -73,8 +75,8 @@ type server struct {
 
 // start builds everything up; whatever it built is taken down again if it
 // fails.
-func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *server, err error) {
-	s = &server{log: log, started: time.Now(), path: "none"}
+func start(ctx context.Context, o *options, vms []vmi.VM, book *leaseBook, log *slog.Logger) (s *server, err error) {
+	s = &server{log: log, started: time.Now(), path: "none", book: book}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.stop())
@@ -95,6 +97,7 @@ func start(ctx context.Context, o *options, vms []vmi.VM, log *slog.Logger) (s *
 	if err := s.restoreStale(o, p); err != nil {
 		return s, err
 	}
+	s.onStop(book.start())
 	mode, err := o.pollMode()
 	if err != nil {
 		return s, err

@@ -23,9 +23,11 @@ func startHere(t *testing.T, flags ...string) *server {
 	o.register(fs)
 	require.NoError(t, parse(fs, flags))
 	require.NoError(t, o.check())
-	vms, err := load(&o, io.Discard)
+	log := slog.New(slog.DiscardHandler)
+	book := newLeaseBook(&o, log)
+	vms, err := load(&o, io.Discard, book)
 	require.NoError(t, err)
-	s, err := start(t.Context(), &o, vms, slog.New(slog.DiscardHandler))
+	s, err := start(t.Context(), &o, vms, book, log)
 	require.NoError(t, err)
 	t.Cleanup(func() { assert.NoError(t, s.stop()) })
 	return s

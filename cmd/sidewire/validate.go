@@ -73,13 +73,19 @@ func read(files, nads []string) (vmi.Docs, error) {
 }
 
 // load reads, checks and plans the VMIs that the flags name. Warnings go to
-// errw; an error has a line for each fault.
-func load(o *options, errw io.Writer) ([]vmi.VM, error) {
+// errw; an error has a line for each fault. The book, if there is one, knows who
+// has which address.
+func load(o *options, errw io.Writer, book *leaseBook) ([]vmi.VM, error) {
 	docs, err := read(o.files, o.nads)
 	if err != nil {
 		return nil, err
 	}
-	faults := allFaults(docs)
+	var faults []vmi.Fault
+	if book != nil {
+		faults = book.allot(&docs)
+	} else {
+		faults = allFaults(docs)
+	}
 	for _, f := range vmi.Warnings(faults) {
 		fmt.Fprintln(errw, "warning:", where(f))
 	}

@@ -2,7 +2,6 @@ package vmi
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"strings"
 )
@@ -128,43 +127,6 @@ func sameNADs(docs Docs) (faults []Fault) {
 		}
 	}
 	return faults
-}
-
-// leases gives every interface whose definition has an ipam its address, by the places of VMI and interface, in order.
-// Definitions that name the same bridge and VLAN are one network, and so is one definition in several namespaces: there
-// no two guests get the same.
-func (docs *Docs) leases() (leases map[[2]int]*Lease, faults []Fault) {
-	leases = map[[2]int]*Lease{}
-	taken := map[string]bool{}
-	for i := range docs.VMIs {
-		v := &docs.VMIs[i]
-		for j := range v.Spec.Interfaces {
-			f := &v.Spec.Interfaces[j]
-			k, network := v.multusOf(f)
-			if network == nil || !f.has(Bridge) {
-				continue
-			}
-			nad := docs.nadOf(v, network.NetworkName)
-			if nad == nil || nad.Switch == nil || nad.Switch.IPAM == nil || len(nad.Switch.IPAM.Ranges) == 0 {
-				continue
-			}
-			s := nad.Switch
-			byName := func(a netip.Addr) string { return nad.Key() + " " + a.String() }
-			byVLAN := func(a netip.Addr) string { return fmt.Sprintf("%v %s %d %s", s.OVS, s.Bridge, s.untagged(), a) }
-			l, ok := s.IPAM.Lease(func(a netip.Addr) bool { return taken[byName(a)] || taken[byVLAN(a)] })
-			if !ok {
-				if len(faults) < maxFaults {
-					faults = append(faults, v.fault(Error, v.networkPath(k)+".multus.networkName",
-						"no address is left in NetworkAttachmentDefinition %s (%s) for interface %q; enlarge its range", nad.Key(), nad.place(), f.Name))
-				}
-				continue
-			}
-			a := l.Address.Addr()
-			taken[byName(a)], taken[byVLAN(a)] = true, true
-			leases[[2]int{i, j}] = &l
-		}
-	}
-	return leases, faults
 }
 
 // multusOf is the Multus network of an interface and its place; nil if it has none.

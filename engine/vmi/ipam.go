@@ -44,20 +44,34 @@ type Lease struct {
 func (m *IPAM) Lease(taken func(netip.Addr) bool) (Lease, bool) {
 	for _, r := range m.Ranges {
 		for a := r.First; r.Subnet.Contains(a) && a.Compare(r.Last) <= 0; a = a.Next() {
-			if a == r.Gateway || taken(a) {
-				continue
+			if a != r.Gateway && !taken(a) {
+				return m.lease(r, a), true
 			}
-			l := Lease{Address: netip.PrefixFrom(a, r.Subnet.Bits()), Gateway: r.Gateway, Router: r.Router, DNS: m.DNS, Search: m.Search}
-			for _, route := range m.Routes {
-				if !route.Via.IsValid() {
-					route.Via = r.Gateway
-				}
-				l.Routes = append(l.Routes, route)
-			}
-			return l, true
 		}
 	}
 	return Lease{}, false
+}
+
+// LeaseOf returns the lease of an address, false if it is not one of those that are leased.
+func (m *IPAM) LeaseOf(a netip.Addr) (Lease, bool) {
+	for _, r := range m.Ranges {
+		if r.Subnet.Contains(a) && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0 && a != r.Gateway {
+			return m.lease(r, a), true
+		}
+	}
+	return Lease{}, false
+}
+
+// lease makes the lease of an address of a range.
+func (m *IPAM) lease(r AddressRange, a netip.Addr) Lease {
+	l := Lease{Address: netip.PrefixFrom(a, r.Subnet.Bits()), Gateway: r.Gateway, Router: r.Router, DNS: m.DNS, Search: m.Search}
+	for _, route := range m.Routes {
+		if !route.Via.IsValid() {
+			route.Via = r.Gateway
+		}
+		l.Routes = append(l.Routes, route)
+	}
+	return l
 }
 
 // resolvers is a "dns" of a configuration.

@@ -87,6 +87,7 @@ type Docs struct {
 	SRIOVPools []SRIOVPool // of SriovNetworkNodePolicies
 
 	faults []Fault // found while reading: unknown fields, wrong types
+	held   []Held  // addresses that guests have already
 }
 
 // VMI is a virtual machine's spec, from a VirtualMachineInstance, a VirtualMachine or the guide's VM.
