@@ -39,6 +39,7 @@ type options struct {
 	cpus       string
 	poll       string
 	uplinks    list // NETWORK=LINK
+	macNAT     list // NETWORK
 	resolvConf string
 	dnsNames   map[string][]netip.Addr
 	dnsCache   int
@@ -112,6 +113,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.StringVar(&o.cpus, "cpus", "", "`LIST` of processors for the workers, one worker each, such as 2,4-6")
 	fs.StringVar(&o.poll, "poll", "adaptive", "idle workers: `adaptive`, always (poll) or never")
 	fs.Var(&o.uplinks, "uplink", "`NETWORK=LINK`: the host link of a network, which is named as in the VMI or by its definition (the pod network's is eth0)")
+	fs.Var(&o.macNAT, "mac-nat", "`NETWORK` whose links carry their own hardware address only, so that guests' are translated to it (macvlan, ipvlan and wireless links are known by themselves)")
 	fs.StringVar(&o.resolvConf, "resolv-conf", "", "`FILE` with the pod's resolvers (default: the namespace's own, else /etc/resolv.conf)")
 	fs.Var(dnsNames{&o.dnsNames}, "dns-name", "`NAME=ADDR[,ADDR]` that guests of masquerade and slirp are told, whatever the pod's resolvers say; may be repeated")
 	fs.IntVar(&o.dnsCache, "dns-cache", 0, "keep up to `N` answers of the pod's resolvers for each such guest (default 0: none)")

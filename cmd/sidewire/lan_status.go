@@ -32,6 +32,7 @@ type SwitchStatus struct {
 	NetNS     string              `json:"netns,omitempty"`
 	Addresses int                 `json:"addresses"` // that it has learned
 	Uplinks   []uplink.LinkStatus `json:"uplinks"`
+	MACNAT    []MACNATStatus      `json:"macNAT,omitempty"`
 	Members   []MemberStatus      `json:"members"`
 }
 
@@ -43,7 +44,7 @@ type MemberStatus struct {
 
 func (l *lan) status() SwitchStatus {
 	stats := l.sw.Stats()
-	st := SwitchStatus{Name: l.name, NetNS: l.netns, Addresses: stats.Addresses, Uplinks: l.linkStatus()}
+	st := SwitchStatus{Name: l.name, NetNS: l.netns, Addresses: stats.Addresses, Uplinks: l.linkStatus(), MACNAT: l.macNATStatus()}
 	for _, p := range stats.Ports {
 		st.Members = append(st.Members, MemberStatus{l.portName(p.Port), p})
 	}
@@ -195,6 +196,9 @@ func onOff(b bool) string {
 
 func printSwitch(w io.Writer, sw SwitchStatus) {
 	fmt.Fprintf(w, "\nswitch %s\t%d addresses, uplinks %s\n", sw.Name, sw.Addresses, orElse(linkList(sw.Uplinks), "none"))
+	for _, t := range sw.MACNAT {
+		fmt.Fprintf(w, "  on %s\thardware addresses translated to %s (%s), %d IP addresses of guests known\n", t.Link, t.MAC, t.Kind, t.Addresses)
+	}
 	for _, m := range sw.Members {
 		fmt.Fprintf(w, "  %s\t%d addresses, %d flooded, %d moved, dropped %s\n", m.Name, m.Addresses, m.Flooded, m.Moved, dropList(m.Drops))
 	}
