@@ -42,13 +42,6 @@ func nextControl(b []byte) (level, typ int32, data, rest []byte, ok bool) {
 	return h.Level, h.Type, b[start:n], b[min(unix.CmsgSpace(n-start), len(b)):], true
 }
 
-// bind gives a socket an address.
-func bind(fd int32, a *unix.RawSockaddrInet4) unix.Errno {
-	// SAFETY: the kernel reads the size of *a during the call.
-	_, _, errno := unix.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(a)), unsafe.Sizeof(*a))
-	return errno
-}
-
 // controlOf is a buffer for control messages as a Msghdr wants it.
 func controlOf(c *[controlRoom / 8]uint64) *byte {
 	return (*byte)(unsafe.Pointer(c)) // SAFETY: the kernel writes Controllen bytes, at most the size of *c

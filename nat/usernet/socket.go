@@ -60,8 +60,11 @@ func (n *Net) socket(typ, proto int) (int32, error) {
 			}
 		}()
 	}
-	fd, err := unix.Socket(unix.AF_INET, typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
-	return int32(fd), err
+	fd, errno := newSocket(typ, proto)
+	if errno != 0 {
+		return -1, errno
+	}
+	return fd, nil
 }
 
 // netPort is a port in the order of bytes that a socket's address has it in,

@@ -410,8 +410,7 @@ func (w *worker) flushWith(b *frame.Batch, flags int) {
 	if o.fin {
 		fl.rcvNxt++
 		fl.flags |= guestFin | ackNow
-		// It fails if the host's side has ended; the next read tells.
-		_ = unix.Shutdown(int(fl.fd), unix.SHUT_WR)
+		shutdownWrite(fl.fd)
 	}
 	w.touch(i)
 }

@@ -106,27 +106,27 @@ func (w *worker) connect(i int32, to target) unix.Errno {
 		setInt(fl.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // the guest has done Nagle's work already
 		if kept {
 			setInt(fl.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-			w.sa = unix.SockaddrInet4{Port: int(fl.gport)}
-			kept = unix.Bind(int(fl.fd), &w.sa) == nil
+			w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(fl.gport)}
+			kept = bind(fl.fd, &w.addr) == 0
 		}
-		w.sa = unix.SockaddrInet4{Port: int(to.port)}
-		binary.BigEndian.PutUint32(w.sa.Addr[:], unmapped(&to.addr))
-		err := unix.Connect(int(fl.fd), &w.sa)
-		if err == nil || err == unix.EINPROGRESS {
-			if e := w.watchTCP(i); e != nil {
-				err = e
+		w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(to.port)}
+		binary.BigEndian.PutUint32(w.addr.Addr[:], unmapped(&to.addr))
+		errno := connect(fl.fd, &w.addr)
+		if errno == 0 || errno == unix.EINPROGRESS {
+			if err := w.watchTCP(i); err != nil {
+				return errnoOf(err)
 			}
-			return errnoOf(err)
+			return errno
 		}
-		if !kept || err != unix.EADDRNOTAVAIL && err != unix.EADDRINUSE {
-			return errnoOf(err)
+		if !kept || errno != unix.EADDRNOTAVAIL && errno != unix.EADDRINUSE {
+			return errno
 		}
 		// Another connection has the same four numbers: from any port, then.
 		fd, err := w.net.socket(unix.SOCK_STREAM, 0)
 		if err != nil {
 			return errnoOf(err)
 		}
-		_ = unix.Close(int(fl.fd))
+		closeFD(fl.fd)
 		fl.fd = fd
 	}
 }
@@ -292,12 +292,12 @@ func (w *worker) abort(i int32) {
 // closeReset closes a connection with a reset.
 func closeReset(fd int32) {
 	setLinger(fd)
-	_ = unix.Close(int(fd))
+	closeFD(fd)
 }
 
 // closeSocket gives a flow's descriptor back.
 func (w *worker) closeSocket(fl *flow) {
-	_ = unix.Close(int(fl.fd))
+	closeFD(fl.fd)
 	fl.fd = -1
 	w.net.sockets.give()
 }

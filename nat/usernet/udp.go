@@ -264,7 +264,7 @@ func (w *worker) openSocket(i int32) error {
 		err = w.watch(fd, udpEvents, eventFlow, i, fl.gen)
 	}
 	if err != nil {
-		_ = unix.Close(int(fd))
+		closeFD(fd)
 		n.sockets.give()
 		return err
 	}

@@ -77,7 +77,6 @@ type worker struct {
 	msg     unix.Msghdr
 	iovs    [iovMax]unix.Iovec
 	addr    unix.RawSockaddrInet4
-	sa      unix.SockaddrInet4
 	udp     udpScratch
 	caught  flow // see toAnyPort
 	evs     [eventsMax]unix.EpollEvent
@@ -134,7 +133,10 @@ func newWorker(n *Net, id int) (*worker, error) {
 func (w *worker) watch(fd int32, events uint32, kind int, i int32, gen uint32) error {
 	ev := unix.EpollEvent{Events: events}
 	ev.Fd, ev.Pad = eventData(kind, i, gen)
-	return unix.EpollCtl(w.epfd, unix.EPOLL_CTL_ADD, int(fd), &ev)
+	if errno := epollAdd(w.epfd, fd, &ev); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 func (w *worker) close() {
@@ -236,7 +238,7 @@ func (w *worker) unready(i int32) {
 func (w *worker) drop(i int32) {
 	f := w.table.at(i)
 	if f.fd >= 0 {
-		_ = unix.Close(int(f.fd))
+		closeFD(f.fd)
 		w.net.sockets.give()
 	}
 	if f.flags&urgent != 0 && f.proto == frame.ProtoTCP {
