@@ -167,12 +167,12 @@ func (w *worker) errorToGuest(b *frame.Batch, i int32, e *sockError) {
 // its UDP header if it is one, whose payload is unknown beyond n bytes behind
 // the IP header.
 func (w *worker) quoteHeaders(h []byte, fl *flow, e *sockError, dst uint32, dport uint16, n int) {
-	h[0], h[1] = 0x45, fl.tos
+	h[0], h[1] = 0x45, fl.tos()
 	binary.BigEndian.PutUint16(h[2:], uint16(ip4Len+n))
 	if fl.flags&mapFragments == 0 {
 		h[6] = frame.DontFragment >> 8
 	}
-	h[8], h[9] = fl.ttl, fl.proto
+	h[8], h[9] = fl.ttl(), fl.proto
 	if e.typ == icmpTimeExceeded {
 		h[8] = unsentTTL
 	}

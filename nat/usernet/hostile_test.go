@@ -191,8 +191,8 @@ func TestHostileOptions(t *testing.T) {
 				}
 				var fl flow
 				fl.readOptions(o, 1460)
-				if fl.mss < minMSS || fl.mss > 1460 || fl.gscale > 14 {
-					t.Fatalf("%x: mss %d, scale %d", o, fl.mss, fl.gscale)
+				if fl.mss < minMSS || fl.mss > 1460 || fl.gscale() > 14 {
+					t.Fatalf("%x: mss %d, scale %d", o, fl.mss, fl.gscale())
 				}
 			}
 		}

@@ -121,7 +121,7 @@ func (w *worker) guestError(f *frame.Frame) bool {
 	k := key{gport: binary.BigEndian.Uint16(t[2:]), proto: h[9]}
 	switch k.proto {
 	case frame.ProtoTCP:
-		k.remote, k.rport = mapped(src), binary.BigEndian.Uint16(t)
+		k.remote, k.rport = hostOf(src), binary.BigEndian.Uint16(t)
 	case frame.ProtoICMP:
 		k.gport = binary.BigEndian.Uint16(t[4:])
 	}

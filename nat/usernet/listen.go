@@ -486,7 +486,7 @@ func (w *worker) show(fd int32, gport uint16) {
 	// All clients that are shown as the gateway share its ports. Each worker has
 	// its own of them.
 	workers := uint16(len(n.workers))
-	k := key{remote: mapped(n.gateway), gport: gport, proto: frame.ProtoTCP}
+	k := key{remote: hostOf(n.gateway), gport: gport, proto: frame.ProtoTCP}
 	own := func(port uint16) uint16 { return port - port%workers + uint16(w.id) }
 	k.rport = max(own(port), own(1024))
 	for try := 0; w.table.find(k) != none && try < 64; try++ {

@@ -33,7 +33,7 @@ const (
 func (s state) isFlow() bool { return s != stateFree && s <= stateMapping }
 
 func peerKey(kind uint8, gport uint16, t target) key {
-	return key{remote: t.addr, rport: t.port, gport: gport, proto: frame.ProtoUDP, in: kind}
+	return key{remote: host(t.addr[12:]), rport: t.port, gport: gport, proto: frame.ProtoUDP, in: kind}
 }
 
 // peer finds a mapping's peer, or none.
@@ -79,7 +79,7 @@ func (w *worker) peerTimer(p int32) {
 	if i != none {
 		if fl := w.table.at(i); fl.gen != e.sndUna {
 			i = none
-		} else if fl.hostAddr() == unmapped(&e.remote) && (e.rport == fl.hostPort() || e.rport == 0) {
+		} else if fl.hostAddr() == e.remote.addr() && (e.rport == fl.hostPort() || e.rport == 0) {
 			// The guest talks to this one, without a look at the peer.
 			e.seen = fl.seen
 		}

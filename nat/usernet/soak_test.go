@@ -149,7 +149,7 @@ func (w *world) pullTime() time.Duration {
 func (w *world) fill(n int) {
 	for i, have := 0, w.flows(); have+i < n; i++ {
 		k := w.net.workers[i%len(w.net.workers)]
-		at := k.table.add(key{remote: mapped(uint32(i)), rport: 9, gport: uint16(i), proto: frame.ProtoTCP})
+		at := k.table.add(key{remote: hostOf(uint32(i)), rport: 9, gport: uint16(i), proto: frame.ProtoTCP})
 		require.NotEqual(w.t, none, at)
 		f := k.table.at(at)
 		f.state, f.seen = stateEstablished, k.seen()

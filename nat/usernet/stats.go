@@ -187,7 +187,7 @@ func (w *worker) info(f *flow, now int64, forwarded map[protoPort]bool) FlowInfo
 		Idle: time.Duration(max(int16(seen-f.seen), 0)) << (tickShift + seenShift), Queue: f.queue, Worker: w.id,
 	}
 	if f.proto == frame.ProtoTCP {
-		i.Remote, i.RemotePort = netip.AddrFrom16(f.remote).Unmap(), f.rport
+		i.Remote, i.RemotePort = netip.AddrFrom4(f.remote), f.rport
 	}
 	if f.fd < 0 {
 		return i

@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"encoding/binary"
 	"math/bits"
 	"math/rand/v2"
 
@@ -9,24 +10,38 @@ import (
 
 const (
 	defaultFlows = 1 << 17
-	// slabFlows is how many flows are allocated at once: 128 KiB of them.
+	// slabFlows is how many flows are allocated at once: 100 KiB of them, of
+	// which those take memory that were ever used.
 	slabFlows = 1 << 10
-	fewHeads  = 64 // hash chains at first, a power of two
-	none      = int32(-1)
+	// headsChunk is how many hash chains are made at once, and how many there are
+	// at first; a power of two.
+	headsChunk = 256
+	none       = int32(-1)
 )
 
 // key names a flow as the guest sees it. UDP mappings and echo sessions have
 // no remote side (RFC 4787 REQ-1).
 type key struct {
-	remote [16]byte // IPv4 as ::ffff:a.b.c.d
+	remote host
 	rport  uint16
 	gport  uint16
 	proto  uint8
 	in     uint8 // a UDP forward: the mapping is a listener's
 }
 
+// host is an address of IPv4 in a key, in network order. A key has no room for
+// one of IPv6: where there are such, they are to be numbered.
+type host [4]byte
+
+func hostOf(a uint32) (h host) {
+	binary.BigEndian.PutUint32(h[:], a)
+	return h
+}
+
+func (h host) addr() uint32 { return binary.BigEndian.Uint32(h[:]) }
+
 func tcpKey(f *frame.Frame) key {
-	return key{remote: mapped(f.DstIP4()), rport: f.DstPort(), gport: f.SrcPort(), proto: frame.ProtoTCP}
+	return key{remote: hostOf(f.DstIP4()), rport: f.DstPort(), gport: f.SrcPort(), proto: frame.ProtoTCP}
 }
 
 func udpKey(f *frame.Frame) key { return key{gport: f.SrcPort(), proto: frame.ProtoUDP} }
@@ -43,22 +58,16 @@ type flow struct {
 	// The wheel's.
 	timerNext, timerPrev int32
 	timerTick            uint32
-	// In the list of flows that may have something for the guest; readyNext is
-	// notReady outside.
-	readyNext, readyPrev int32
-	timerSlot            uint16
-	batchAt              int16 // place in the worker's list of flows that this batch touched, -1 for none
 
 	flags   flags
 	mss     uint16 // of what the guest takes
 	state   state
-	gscale  uint8 // the guest's window scale
-	oscale  uint8 // ours; both 0 if the guest does not scale
+	place   place
+	scale   uint8 // 1 + the guest's window scale, 0 if it does not scale
 	dupAcks uint8
-	backoff uint8 // of the retransmission timer
-	ttl     uint8 // last set on the socket, 0 for the default
-	tos     uint8
-	strange uint8 // frames in a row that came to another worker than the flow's
+	backoff uint8  // of the retransmission timer
+	strange uint8  // frames in a row that came to another worker than the flow's
+	rttAt   uint16 // when mark was sent, in units of rttShift; 0 if nothing is timed
 
 	rcvNxt  uint32 // next byte expected from the guest
 	rcvAck  uint32 // what the guest was told last
@@ -70,16 +79,29 @@ type flow struct {
 	cwnd    uint32
 	base    uint32 // first byte that is still in the host's socket
 	mark    uint32 // the byte whose acknowledgement is timed; in recovery, sndMax when loss was seen
-	rttAt   uint32 // when it was sent, in rttUnit; 0 if none is timed
 	rtxDue  uint32 // when to retransmit or probe, in ticks; 0 if nothing is to be
 
-	srtt, rttvar uint16 // in rttUnit
+	srtt, rttvar uint16 // in units of rttShift
 	ssthresh     uint16 // in mss
 	seen         uint16 // when the guest or the host was heard last, in units of seenShift
 }
 
 // flags of a TCP flow.
 type flags uint16
+
+// place says in which of a worker's lists a flow's place is.
+type place uint8
+
+const (
+	// timerLevel is 1 + the level of the timer wheel, 0 if no timer runs.
+	timerLevel place = 7
+	// inTouched: among the flows that the batch has touched.
+	inTouched place = 1 << (2 + iota)
+	// isReady: it may have something for the guest.
+	isReady
+	// inLine: in the line of those that are, or were. It outlives the flow.
+	inLine
+)
 
 type state uint8
 
@@ -99,42 +121,46 @@ type table struct {
 	// heads are the hash chains, 1 + index. There are as many as there ever were
 	// flows, and they grow one by one: by linear hashing, no flow but those of
 	// one chain has to move for that, and an idle table is small.
-	heads []int32
-	mask  uint32 // one less than the largest power of two that is not more than len(heads)
-	free  int32  // 1 + index
-	used  int    // places ever handed out
-	count int
-	max   int
-	seed  uint64
-	gen   uint32
+	heads  []*[headsChunk]int32
+	chains uint32
+	mask   uint32 // one less than the largest power of two that is not more than chains
+	free   int32  // 1 + index
+	used   int    // places ever handed out
+	count  int
+	max    int
+	seed   uint64
+	gen    uint32
 }
 
 func (t *table) init(limit int) {
-	t.heads, t.mask, t.max, t.seed = make([]int32, fewHeads), fewHeads-1, limit, rand.Uint64()|1
+	t.heads = append(t.heads[:0], new([headsChunk]int32))
+	t.chains, t.mask, t.max, t.seed = headsChunk, headsChunk-1, limit, rand.Uint64()|1
 }
 
 // at is the flow with an index, borrowed.
 func (t *table) at(i int32) *flow { return &t.slabs[i/slabFlows][i%slabFlows] }
 
 func (t *table) bucket(k *key) *int32 {
-	h := t.seed
-	for i := 0; i < 16; i += 8 {
-		h = mix(h ^ le64(k.remote[i:]))
-	}
-	h = mix(h ^ uint64(k.rport)<<48 ^ uint64(k.gport)<<32 ^ uint64(k.proto)<<8 ^ uint64(k.in))
+	h := mix(t.seed ^ uint64(k.remote.addr())<<32 ^ uint64(k.rport)<<16 ^ uint64(k.gport))
+	h = mix(h ^ uint64(k.proto)<<8 ^ uint64(k.in))
 	at := uint32(h>>32) & (2*t.mask + 1)
-	if int(at) >= len(t.heads) {
+	if at >= t.chains {
 		at &= t.mask
 	}
-	return &t.heads[at]
+	return t.head(at)
 }
+
+func (t *table) head(at uint32) *int32 { return &t.heads[at/headsChunk][at%headsChunk] }
 
 // split makes one more hash chain, of what belongs there of another.
 func (t *table) split() {
-	from := uint32(len(t.heads)) & t.mask
-	i := t.heads[from]
-	t.heads[from] = 0
-	if t.heads = append(t.heads, 0); uint32(len(t.heads)) == 2*(t.mask+1) {
+	from := t.head(t.chains & t.mask)
+	i := *from
+	*from = 0
+	if t.chains%headsChunk == 0 {
+		t.heads = append(t.heads, new([headsChunk]int32))
+	}
+	if t.chains++; t.chains == 2*(t.mask+1) {
 		t.mask = 2*t.mask + 1
 	}
 	for i != 0 {
@@ -149,12 +175,6 @@ func (t *table) split() {
 func mix(x uint64) uint64 {
 	hi, lo := bits.Mul64(x, 0x9e3779b97f4a7c15)
 	return hi ^ lo
-}
-
-func le64(b []byte) uint64 {
-	_ = b[7]
-	return uint64(b[0]) | uint64(b[1])<<8 | uint64(b[2])<<16 | uint64(b[3])<<24 |
-		uint64(b[4])<<32 | uint64(b[5])<<40 | uint64(b[6])<<48 | uint64(b[7])<<56
 }
 
 // find returns the index of a flow, or none.
@@ -186,12 +206,12 @@ func (t *table) add(k key) int32 {
 		i = int32(t.used)
 		t.used++
 	}
-	if t.count++; t.count > len(t.heads) {
+	if t.count++; t.count > int(t.chains) {
 		t.split()
 	}
 	t.gen++
 	f, head := t.at(i), t.bucket(&k)
-	*f = flow{key: k, fd: -1, gen: t.gen, next: *head, timerNext: none, timerPrev: none, timerSlot: noSlot, batchAt: -1, readyNext: notReady, readyPrev: none}
+	*f = flow{key: k, fd: -1, gen: t.gen, next: *head, place: f.place & inLine}
 	*head = i + 1
 	return i
 }
@@ -204,7 +224,7 @@ func (t *table) remove(i int32) {
 		p = &t.at(*p - 1).next
 	}
 	*p = f.next
-	*f = flow{gen: f.gen, next: t.free, timerNext: none, timerPrev: none, timerSlot: noSlot, batchAt: -1, readyNext: notReady, readyPrev: none}
+	*f = flow{gen: f.gen, next: t.free, place: f.place & inLine}
 	t.free = i + 1
 	t.count--
 }

@@ -107,8 +107,19 @@ func (f *flow) readOptions(o []byte, most uint16) {
 	}
 	f.mss = min(max(mss, minMSS), most)
 	if scale >= 0 {
-		f.gscale, f.oscale = uint8(scale), ourScale
+		f.scale = uint8(1 + scale)
 	}
+}
+
+// gscale is the guest's window scale, and oscale ours; both are 0 if the guest
+// does not scale.
+func (f *flow) gscale() uint8 { return max(f.scale, 1) - 1 }
+
+func (f *flow) oscale() uint8 {
+	if f.scale == 0 {
+		return 0
+	}
+	return ourScale
 }
 
 // before and friends compare sequence numbers.
@@ -187,7 +198,7 @@ func (w *worker) synAckSegment(b *frame.Batch, f *frame.Frame, i int32, s *segme
 	case s.ack != fl.sndNxt:
 		w.resetUnknown(b, f, s)
 	default:
-		fl.sndWnd = uint32(s.wnd) << fl.gscale
+		fl.sndWnd = uint32(s.wnd) << fl.gscale()
 		w.established(i)
 		if s.flags&tcpSYN != 0 { // the answer to a crossing SYN
 			fl.flags |= ackNow
@@ -426,7 +437,7 @@ func (w *worker) ackArrives(b *frame.Batch, i int32, s *segment) bool {
 	case before(s.ack, fl.sndUna):
 		return true
 	}
-	wnd := uint32(s.wnd) << fl.gscale
+	wnd := uint32(s.wnd) << fl.gscale()
 	if s.ack == fl.sndUna {
 		w.duplicateACK(b, i, s, wnd)
 		fl.sndWnd = wnd

@@ -93,7 +93,7 @@ func (w *worker) newTCP(b *frame.Batch, f *frame.Frame, k key) int32 {
 // firstSeq is the sequence number that a connection begins with: a secret one
 // for each, that moves on every 4 us (RFC 6528).
 func (w *worker) firstSeq(k *key) uint32 {
-	h := mix(w.table.seed ^ le64(k.remote[8:]) ^ uint64(k.rport)<<48 ^ uint64(k.gport)<<32)
+	h := mix(w.table.seed ^ uint64(k.remote.addr()) ^ uint64(k.rport)<<48 ^ uint64(k.gport)<<32)
 	return uint32(h>>16) + uint32(bits.RotateLeft64(w.table.seed, 32)) + uint32(w.now>>12)
 }
 
@@ -184,7 +184,7 @@ func (w *worker) unreachable(b *frame.Batch, fl *flow, code uint8) {
 	q.Len, q.HeadLen = headLen, headLen
 	w.toGuest(q, frame.ProtoTCP, w.net.guest, ip4Len+tcpLen, fl.queue)
 	h := q.Head[:headLen]
-	binary.BigEndian.PutUint32(h[l3+16:], unmapped(&fl.remote))
+	binary.BigEndian.PutUint32(h[l3+16:], fl.remote.addr())
 	h[l3+10], h[l3+11] = 0, 0
 	putIPSum(h)
 	binary.BigEndian.PutUint16(h[l4:], fl.gport)
@@ -199,7 +199,7 @@ func (w *worker) unreachable(b *frame.Batch, fl *flow, code uint8) {
 func (w *worker) tcpAccepted(b *frame.Batch, fd int32, client *unix.RawSockaddrInet4, gport uint16) {
 	n := w.net
 	k := key{
-		remote: mapped(binary.BigEndian.Uint32(client.Addr[:])), rport: bits.ReverseBytes16(client.Port), gport: gport,
+		remote: client.Addr, rport: bits.ReverseBytes16(client.Port), gport: gport,
 		proto: frame.ProtoTCP,
 	}
 	// Clients that are all shown as the gateway may have the same port.

@@ -36,7 +36,7 @@ const (
 // tcpHeader makes f a segment with n bytes of payload behind its header and
 // options, opts bytes of which the caller has put behind the header.
 func (w *worker) tcpHeader(f *frame.Frame, fl *flow, seq uint32, bits uint8, opts, n int) {
-	src, total := unmapped(&fl.remote), tcpLen+opts+n
+	src, total := fl.remote.addr(), tcpLen+opts+n
 	w.toGuest(f, frame.ProtoTCP, src, ip4Len+total, fl.queue)
 	h := f.Head[l4 : l4+tcpLen]
 	binary.BigEndian.PutUint16(h[0:], fl.rport)
@@ -46,7 +46,7 @@ func (w *worker) tcpHeader(f *frame.Frame, fl *flow, seq uint32, bits uint8, opt
 	h[12], h[13] = byte(tcpLen+opts)<<2, bits
 	wnd := uint32(max(int32(fl.rcvEdge-fl.rcvNxt), 0))
 	if bits&tcpSYN == 0 {
-		wnd >>= fl.oscale
+		wnd >>= fl.oscale()
 	}
 	binary.BigEndian.PutUint16(h[14:], uint16(min(wnd, 0xffff)))
 	// The device completes the sum for guests that do not take it so.
@@ -104,7 +104,7 @@ func (w *worker) openWindow(fl *flow) {
 	}
 	// A buffer's bookkeeping counts too, so not all that is free is for data.
 	free := (int64(m.sndbuf) - int64(m.wmemQueued)) * 3 / 4
-	wnd := uint32(max(0, min(free, 0xffff<<fl.oscale)))
+	wnd := uint32(max(0, min(free, 0xffff<<fl.oscale())))
 	if wnd < min(uint32(fl.mss), m.sndbuf/4) {
 		wnd = 0 // RFC 9293, 3.8.6.2.2: silly windows; a buffer may be smaller than a segment
 	}
@@ -154,7 +154,7 @@ func (w *worker) sendSYN(b *frame.Batch, i int32) {
 	o := f.Head[headLen:]
 	o[0], o[1], o[2], o[3] = 2, 4, byte(mss>>8), byte(mss)
 	n := 4
-	if fl.oscale > 0 || fl.state == stateSynSent {
+	if fl.oscale() > 0 || fl.state == stateSynSent {
 		o[4], o[5], o[6], o[7] = 1, 3, 3, ourScale
 		n = 8
 	}

@@ -7,8 +7,9 @@ import (
 )
 
 const (
-	// rttShift makes the units of round-trip times of nanoseconds: 66 us.
-	rttShift = 16
+	// rttShift makes the units of round-trip times of nanoseconds: 262 us, which
+	// come round after 17 s. A timer that goes off ends what is timed before.
+	rttShift = 18
 	// The retransmission timer's bounds (RFC 6298). Its least value is the one
 	// that kernels use: there is no network between the guest and us.
 	minRTO     = int64(200e6)
@@ -31,7 +32,7 @@ const (
 	probesMax  = 9
 )
 
-func (w *worker) rttNow() uint32 { return max(uint32(w.now>>rttShift), 1) }
+func (w *worker) rttNow() uint16 { return max(uint16(w.now>>rttShift), 1) }
 
 // measure takes the round-trip time from an acknowledgement (RFC 6298, 2).
 func (w *worker) measure(fl *flow, ack uint32) {
@@ -63,7 +64,7 @@ func (w *worker) startRTO(i int32) {
 
 // timer0 has the flow's timer go off at a tick or before it.
 func (w *worker) timer0(i int32, tick uint32) {
-	if f := w.table.at(i); f.timerSlot == noSlot || int32(tick-f.timerTick) < 0 {
+	if f := w.table.at(i); f.place&timerLevel == 0 || int32(tick-f.timerTick) < 0 {
 		w.wheel.set(i, tick)
 	}
 }

@@ -81,6 +81,13 @@ func (f *flow) lastPort() uint16 { return uint16(f.rcvEdge >> 16) }
 func (f *flow) hostAddr() uint32 { return f.rcvAck }
 func (f *flow) hostPort() uint16 { return uint16(f.rcvEdge) }
 
+// The time to live and the type of service that its socket has, 0 for the
+// default.
+func (f *flow) ttl() uint8 { return uint8(f.mss >> 8) }
+func (f *flow) tos() uint8 { return uint8(f.mss) }
+
+func (f *flow) setHeader(ttl, tos uint8) { f.mss = uint16(ttl)<<8 | uint16(tos) }
+
 func (f *flow) setLast(addr uint32, port uint16, host uint32, hport uint16) {
 	f.rcvNxt, f.rcvAck, f.rcvEdge = addr, host, uint32(port)<<16|uint32(hport)
 }
@@ -325,7 +332,7 @@ func udpOptions(fd int32) error {
 func (w *worker) udpLetGo(i int32) {
 	fl := w.table.at(i)
 	fl.flags &^= mapErrors | mapFragments | mapAlone
-	fl.ttl, fl.tos = 0, 0
+	fl.setHeader(0, 0)
 	w.unready(i)
 }
 

@@ -150,7 +150,7 @@ func TestForwardTakesMapping(t *testing.T) {
 	require.NoError(t, p.net.AddForward(Forward{Proto: frame.ProtoUDP, Port: 8053, Guest: 53}))
 	from := p.external(53, host, dst)
 	assert.EqualValues(t, 8053, from.Port())
-	assert.EqualValues(t, 63, p.net.workers[0].table.at(0).ttl)
+	assert.EqualValues(t, 63, p.net.workers[0].table.at(0).ttl())
 	ttl, errno := getInt(p.net.workers[0].table.at(0).fd, unix.SOL_IP, unix.IP_TTL)
 	assert.Zero(t, errno)
 	assert.EqualValues(t, 63, ttl)
@@ -430,7 +430,7 @@ func TestGuestErrorAboutTCP(t *testing.T) {
 	require.True(t, ok)
 	k := w.net.workers[0]
 	fl := func() *flow {
-		return k.table.at(k.table.find(key{remote: mapped(ip4(gatewayIP)), rport: dst.Port(), gport: 6601, proto: frame.ProtoTCP}))
+		return k.table.at(k.table.find(key{remote: hostOf(ip4(gatewayIP)), rport: dst.Port(), gport: 6601, proto: frame.ProtoTCP}))
 	}
 	require.EqualValues(t, 1460, fl().mss)
 	say := func(seq uint32, typ, code uint8, mtu uint32) {

@@ -211,14 +211,14 @@ func (w *worker) extend(r *run, iovs int, next int32) (used int, after int32) {
 
 // apply gives a socket the options that the guest's headers ask for.
 func (f *flow) apply(o sockOpts) {
-	if ttl := uint8(o >> 16); f.ttl != ttl {
+	ttl, tos := uint8(o>>16), uint8(o>>8)
+	if f.ttl() != ttl {
 		setInt(f.fd, unix.SOL_IP, unix.IP_TTL, int32(ttl))
-		f.ttl = ttl
 	}
-	if tos := uint8(o >> 8); f.tos != tos {
+	if f.tos() != tos {
 		setInt(f.fd, unix.SOL_IP, unix.IP_TOS, int32(tos))
-		f.tos = tos
 	}
+	f.setHeader(ttl, tos)
 	switch may := f.flags&mapFragments != 0; {
 	case may && o&1 != 0:
 		setInt(f.fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)

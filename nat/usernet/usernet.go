@@ -368,7 +368,7 @@ func (w *worker) moveTo(to *worker, i int32) {
 	g := to.table.at(j)
 	links := *g
 	*g = *f
-	g.gen, g.next, g.strange = links.gen, links.next, 0
+	g.gen, g.next, g.place, g.strange = links.gen, links.next, links.place, 0
 	if g.flags&delayed != 0 && g.proto == frame.ProtoTCP {
 		to.delay(j)
 	}

@@ -9,7 +9,6 @@ const (
 	wheelSlots = 1 << wheelBits
 	// wheelLevels cover 64^5 ticks: 52 days.
 	wheelLevels = 5
-	noSlot      = ^uint16(0)
 )
 
 // ticks is how many ticks some nanoseconds are, rounded up.
@@ -39,7 +38,7 @@ func (w *wheel) set(i int32, tick uint32) {
 	if int32(tick-w.now) < 1 {
 		tick = w.now + 1
 	}
-	if f.timerSlot != noSlot {
+	if f.place&timerLevel != 0 {
 		if f.timerTick == tick {
 			return
 		}
@@ -55,7 +54,7 @@ func (w *wheel) put(i int32, f *flow, tick uint32) {
 		l = min((bits.Len32(d)-1)/wheelBits, wheelLevels-1)
 	}
 	s := tick >> (l * wheelBits) % wheelSlots
-	f.timerTick, f.timerSlot = tick, uint16(l*wheelSlots+int(s))
+	f.timerTick, f.place = tick, f.place|place(l+1)
 	f.timerPrev, f.timerNext = none, w.slots[l][s]
 	if f.timerNext != none {
 		w.t.at(f.timerNext).timerPrev = i
@@ -67,10 +66,11 @@ func (w *wheel) put(i int32, f *flow, tick uint32) {
 // stop stops the flow's timer, if it runs.
 func (w *wheel) stop(i int32) {
 	f := w.t.at(i)
-	if f.timerSlot == noSlot {
+	if f.place&timerLevel == 0 {
 		return
 	}
-	l, s := int(f.timerSlot)/wheelSlots, int(f.timerSlot)%wheelSlots
+	l := int(f.place&timerLevel) - 1
+	s := f.timerTick >> (l * wheelBits) % wheelSlots
 	if f.timerPrev != none {
 		w.t.at(f.timerPrev).timerNext = f.timerNext
 	} else if w.slots[l][s] = f.timerNext; f.timerNext == none {
@@ -79,7 +79,7 @@ func (w *wheel) stop(i int32) {
 	if f.timerNext != none {
 		w.t.at(f.timerNext).timerPrev = f.timerPrev
 	}
-	f.timerSlot, f.timerNext, f.timerPrev = noSlot, none, none
+	f.place &^= timerLevel
 }
 
 // due lets time pass and returns a flow whose timer has gone off, which stops
@@ -117,6 +117,7 @@ func (w *wheel) spread(l, s int) {
 	for i != none {
 		f := w.t.at(i)
 		next := f.timerNext
+		f.place &^= timerLevel
 		w.put(i, f, f.timerTick)
 		i = next
 	}

@@ -18,7 +18,6 @@ const (
 	lookEvery = 50_000
 	// eventsMax is how many sockets one look at the epoll set tells of.
 	eventsMax = 64
-	notReady  = int32(-2)
 	iovMax    = 1024 // UIO_MAXIOV
 )
 
@@ -55,8 +54,11 @@ type worker struct {
 	limits  rateLimit
 	stats   Stats
 
-	// Flows that may have something for the guest, in turn.
-	readyHead, readyTail int32
+	// Flows that may have something for the guest, in turn, and how many of the
+	// line still do.
+	line  line
+	eager int
+	kept  []int32 // see pump
 	// Flows that the present batch touched, and what is to be told to the
 	// guest of them at its end.
 	touched []int32
@@ -103,7 +105,7 @@ type roomUse struct {
 }
 
 func newWorker(n *Net, id int) (*worker, error) {
-	w := &worker{net: n, id: id, epfd: -1, timer: -1, readyHead: none, readyTail: none, out: outgoing{flow: none}}
+	w := &worker{net: n, id: id, epfd: -1, timer: -1, out: outgoing{flow: none}}
 	w.queue.w = w
 	w.table.init(n.conf.MaxFlows)
 	w.wheel.init(&w.table, 0)
@@ -182,10 +184,11 @@ func (w *worker) finish(b *frame.Batch) {
 func (w *worker) settle(b *frame.Batch) {
 	for k := 0; k < len(w.touched); k++ {
 		i := w.touched[k]
-		if i == none {
+		f := w.table.at(i)
+		if f.place&inTouched == 0 {
 			continue // it has ended since
 		}
-		w.table.at(i).batchAt = -1
+		f.place &^= inTouched
 		w.tcpSettle(b, i)
 	}
 	w.touched = w.touched[:0]
@@ -193,45 +196,10 @@ func (w *worker) settle(b *frame.Batch) {
 
 // touch puts a flow among those that the batch has touched.
 func (w *worker) touch(i int32) {
-	if f := w.table.at(i); f.batchAt < 0 {
-		f.batchAt = int16(len(w.touched))
+	if f := w.table.at(i); f.place&inTouched == 0 {
+		f.place |= inTouched
 		w.touched = append(w.touched, i)
 	}
-}
-
-// ready puts a flow at the end of those that may have something for the guest.
-func (w *worker) ready(i int32) {
-	f := w.table.at(i)
-	if f.readyNext != notReady {
-		return
-	}
-	w.blocked = false
-	f.readyNext, f.readyPrev = none, w.readyTail
-	if w.readyTail == none {
-		w.readyHead = i
-	} else {
-		w.table.at(w.readyTail).readyNext = i
-	}
-	w.readyTail = i
-}
-
-// unready takes a flow out of those.
-func (w *worker) unready(i int32) {
-	f := w.table.at(i)
-	if f.readyNext == notReady {
-		return
-	}
-	if f.readyPrev == none {
-		w.readyHead = f.readyNext
-	} else {
-		w.table.at(f.readyPrev).readyNext = f.readyNext
-	}
-	if f.readyNext == none {
-		w.readyTail = f.readyPrev
-	} else {
-		w.table.at(f.readyNext).readyPrev = f.readyPrev
-	}
-	f.readyNext, f.readyPrev = notReady, none
 }
 
 // drop ends a flow without another word to anybody.
@@ -246,9 +214,6 @@ func (w *worker) drop(i int32) {
 	}
 	w.wheel.stop(i)
 	w.unready(i)
-	if f.batchAt >= 0 {
-		w.touched[f.batchAt] = none
-	}
 	w.stats.closed(f.proto)
 	w.table.remove(i)
 }
@@ -342,7 +307,7 @@ func (q *Queue) wake() {
 
 // events takes what the epoll set tells.
 func (w *worker) events(b *frame.Batch) {
-	if w.readyHead != none && !w.blocked && w.now-w.looked < lookEvery {
+	if w.eager > 0 && !w.blocked && w.now-w.looked < lookEvery {
 		w.full = true // there is enough to do
 		return
 	}
@@ -381,59 +346,6 @@ func (w *worker) socketEvent(b *frame.Batch, i int32, events uint32) {
 	}
 }
 
-// pump lets the flows that may have something for the guest bring it, each as
-// much as is fair, while the batch has room.
-func (w *worker) pump(b *frame.Batch) {
-	w.blocked, w.brought = false, 0
-	waiting := true
-	for i := w.readyHead; i != none; {
-		if b.Len() >= frame.BatchSize || w.brought >= batchBytes {
-			return
-		}
-		f := w.table.at(i)
-		next := f.readyNext
-		var verdict pumped
-		had := b.Len()
-		switch f.proto {
-		case frame.ProtoTCP:
-			verdict = w.tcpPump(b, i)
-		case frame.ProtoUDP:
-			verdict = w.udpPump(b, i)
-		default:
-			verdict = w.echoPump(b, i)
-		}
-		switch {
-		case verdict == pumpGone: // the flow is no more, and out of the list
-		case verdict == pumpLater, verdict == pumpAgain && b.Len() == had:
-			return
-		case verdict == pumpAgain:
-			// Behind all others, so that each has its turn.
-			w.unready(i)
-			w.ready(i)
-			if next == none {
-				next = i
-			}
-		case verdict == pumpWait: // for the guest's buffers; it keeps its place
-		default:
-			w.unready(i)
-		}
-		waiting = waiting && verdict != pumpAgain
-		i = next
-	}
-	w.blocked = waiting
-}
-
-// pumped is what a flow's turn to bring something came to.
-type pumped uint8
-
-const (
-	pumpDone  pumped = iota // there is no more for now; an event will tell
-	pumpAgain               // there may be more
-	pumpLater               // there is more, but the batch has no room left
-	pumpWait                // there is more, but the guest has no buffers
-	pumpGone                // the flow has ended
-)
-
 // expired is called when a flow's timer has gone off.
 func (w *worker) expired(b *frame.Batch, i int32) {
 	switch w.table.at(i).proto {
@@ -459,7 +371,7 @@ func (q *Queue) Arm() (more bool) {
 			return true
 		}
 	}
-	if w.readyHead != none && !w.blocked {
+	if w.eager > 0 && !w.blocked {
 		return true
 	}
 	w.setAlarm()
