@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"sidewire/engine"
+	"sidewire/engine/vmi"
 	"sidewire/nat/dns"
 	"sidewire/nat/usernet"
 )
@@ -30,6 +31,7 @@ func (l *list) Set(s string) error {
 type options struct {
 	files      list // -f FILE[@NETNS]
 	nads       list
+	cluster    vmi.Cluster
 	netns      string
 	socketDir  string
 	control    string
@@ -104,6 +106,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	dir := runtimeDir()
 	fs.Var(&o.files, "f", "`FILE[@NETNS]` with a VMI or VM (YAML or JSON); may be repeated")
 	fs.Var(&o.nads, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
+	registerCluster(fs, &o.cluster)
 	fs.StringVar(&o.netns, "netns", "", "network namespace `PATH` of the pod (default: the own one)")
 	fs.StringVar(&o.socketDir, "socket-dir", dir, "`DIR` for the vhost-user sockets, DIR/VMI/INTERFACE.sock")
 	fs.StringVar(&o.control, "control", "", "control `SOCKET` (default SOCKET-DIR/control.sock)")

@@ -18,6 +18,8 @@ func validateCommand(_ context.Context, args []string, out, errw io.Writer) erro
 	fs := newFlags("validate", errw)
 	fs.Var(&files, "f", "`FILE` with VMIs, VMs or NetworkAttachmentDefinitions; may be repeated")
 	fs.Var(&nads, "nad", "`FILE` with NetworkAttachmentDefinitions; may be repeated")
+	var cluster vmi.Cluster
+	registerCluster(fs, &cluster)
 	fs.BoolVar(&asJSON, "json", false, "print the faults as JSON")
 	if err := parse(fs, args); err != nil {
 		return err
@@ -25,7 +27,7 @@ func validateCommand(_ context.Context, args []string, out, errw io.Writer) erro
 	if len(files)+len(nads) == 0 {
 		return badInput("no file given: name it with -f")
 	}
-	docs, err := read(files, nads)
+	docs, err := read(files, nads, cluster)
 	if err != nil {
 		return err
 	}
@@ -53,22 +55,20 @@ func validateCommand(_ context.Context, args []string, out, errw io.Writer) erro
 // allFaults is what is wrong with the documents, and what is right but cannot
 // be served yet.
 func allFaults(docs vmi.Docs) []vmi.Fault {
-	faults := vmi.Validate(docs, vmi.Options{
-		ForbidBridge: docs.Cluster.PermitBridge != nil && !*docs.Cluster.PermitBridge,
-		ForbidSlirp:  docs.Cluster.PermitSlirp != nil && !*docs.Cluster.PermitSlirp,
-	})
-	return append(faults, vmi.Unsupported(docs)...)
+	return append(vmi.Validate(docs, vmi.Options{}), vmi.Unsupported(docs)...)
 }
 
 // read reads files with VMIs and definitions, and others for their definitions
-// alone. The error has a line for each file that cannot be read.
-func read(files, nads []string) (vmi.Docs, error) {
+// alone; the cluster's settings are those of a flag. The error has a line for
+// each file that cannot be read.
+func read(files, nads []string, cluster vmi.Cluster) (vmi.Docs, error) {
 	docs, err := vmi.Load(files...)
 	more, moreErr := vmi.Load(nads...)
 	if err := errors.Join(err, moreErr); err != nil {
 		return docs, inputError{err}
 	}
 	docs.Define(more)
+	docs.SetCluster(cluster)
 	return docs, nil
 }
 
@@ -76,7 +76,7 @@ func read(files, nads []string) (vmi.Docs, error) {
 // errw; an error has a line for each fault. The book, if there is one, knows who
 // has which address.
 func load(o *options, errw io.Writer, book *leaseBook) ([]vmi.VM, error) {
-	docs, err := read(o.files, o.nads)
+	docs, err := read(o.files, o.nads, o.cluster)
 	if err != nil {
 		return nil, err
 	}

@@ -54,7 +54,7 @@ func (docs *Docs) attachFaults(v *VMI, f *InterfaceSpec, k int) (faults []Fault)
 	if m == nil || m.NetworkName == "" || m.Default && f.has(Bridge) || !f.has(Bridge) && !f.has(Macvtap) && !f.has(SRIOV) {
 		return nil
 	}
-	text, warning := docs.bindFault(v, f, m.NetworkName)
+	text, warning := docs.attachFault(v, f, m.NetworkName)
 	at := v.networkPath(k) + ".multus.networkName"
 	if text != "" {
 		faults = append(faults, v.fault(Error, at, "%s", text))
@@ -65,13 +65,7 @@ func (docs *Docs) attachFaults(v *VMI, f *InterfaceSpec, k int) (faults []Fault)
 	return faults
 }
 
-// attachFault is the fault of a bridge's definition.
-func (docs *Docs) attachFault(v *VMI, networkName string) string {
-	text, _ := docs.bindFault(v, &InterfaceSpec{Bindings: []Binding{Bridge}}, networkName)
-	return text
-}
-
-func (docs *Docs) bindFault(v *VMI, f *InterfaceSpec, networkName string) (text, warning string) {
+func (docs *Docs) attachFault(v *VMI, f *InterfaceSpec, networkName string) (text, warning string) {
 	nad := docs.nadOf(v, networkName)
 	switch {
 	case nad == nil && f.has(SRIOV):

@@ -142,7 +142,7 @@ func (docs *Docs) eachLeased(do func(i, j int, nad *NAD)) {
 func (docs *Docs) leased(v *VMI, j int) *NAD {
 	f := &v.Spec.Interfaces[j]
 	_, network := v.multusOf(f)
-	if network == nil || !f.has(Bridge) {
+	if network == nil || !f.has(Bridge) || f.State == Absent {
 		return nil
 	}
 	nad := docs.nadOf(v, network.NetworkName)

@@ -42,11 +42,18 @@ type Interface struct {
 	BootOrder     int         // 0 if it is not to be booted from
 	PCIAddress    *PCIAddress // nil if it may be anywhere
 	ACPIIndex     int         // 0 if not given
-	State         string      // "up", "down" or "absent"
+	State         string      // Up or Down: how the guest finds its link
 	Tag           string
 	Transitional  bool // useVirtioTransitional
 	NetworkNumber int  // place of the network in spec.networks, for the ordinal names net1, net2
 }
+
+// States of an interface. One that is absent is not planned.
+const (
+	Up     = "up"
+	Down   = "down"
+	Absent = "absent"
+)
 
 // Network is what an interface is joined to. The addresses are valid for the pod network only.
 type Network struct {
@@ -94,25 +101,35 @@ func Plan(docs Docs) []VM {
 	for i := range docs.VMIs {
 		v := &docs.VMIs[i]
 		vm := v.plan()
-		for j := range vm.Interfaces {
-			p := &vm.Interfaces[j]
-			if p.Network.NetworkName == "" {
+		for j := range v.Spec.Interfaces {
+			p := v.planInterface(&v.Spec.Interfaces[j], vm.VCPUs)
+			if p.State == Absent {
 				continue
 			}
-			nad := docs.nadOf(v, p.Network.NetworkName)
-			p.Network.NAD, p.Network.Lease = nad, leases[[2]int{i, j}]
-			switch {
-			case p.Binding == Bridge && !p.Network.Default && p.MAC == nil:
-				p.MAC, p.MACMade = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name), true
-			case p.Binding == Macvtap && nad != nil:
-				p.Network.Macvtap = docs.macvtapPool(nad)
-			case p.Binding == SRIOV && nad != nil:
-				p.Network.SRIOV = docs.sriovPool(nad)
-			}
+			p.Network.Lease = leases[[2]int{i, j}]
+			docs.planNetwork(v, &p)
+			vm.Interfaces = append(vm.Interfaces, p)
 		}
 		vms = append(vms, vm)
 	}
 	return vms
+}
+
+// planNetwork finds what the definition of an interface's Multus network says.
+func (docs *Docs) planNetwork(v *VMI, p *Interface) {
+	w := &p.Network
+	if w.NetworkName == "" {
+		return
+	}
+	w.NAD = docs.nadOf(v, w.NetworkName)
+	switch {
+	case p.Binding == Bridge && !w.Default && p.MAC == nil:
+		p.MAC, p.MACMade = stableMAC(namespaceOr(v.Namespace), v.Name, p.Name), true
+	case p.Binding == Macvtap && w.NAD != nil:
+		w.Macvtap = docs.macvtapPool(w.NAD)
+	case p.Binding == SRIOV && w.NAD != nil:
+		w.SRIOV = docs.sriovPool(w.NAD)
+	}
 }
 
 // stableMAC makes a hardware address of names: locally administered, and the same for the same names, so that a guest
@@ -143,9 +160,6 @@ func (v *VMI) plan() VM {
 	if size, ok := hugepage(s.HugepageSize); ok {
 		vm.Hugepage = uint64(size)
 	}
-	for i := range s.Interfaces {
-		vm.Interfaces = append(vm.Interfaces, v.planInterface(&s.Interfaces[i], vm.VCPUs))
-	}
 	return vm
 }
 
@@ -165,7 +179,7 @@ func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
 		}
 	}
 	if p.State == "" {
-		p.State = "up"
+		p.State = Up
 	}
 	if s.Multiqueue && p.Model == "virtio" {
 		p.QueuePairs = min(vcpus, maxQueues)

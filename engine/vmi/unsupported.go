@@ -19,14 +19,9 @@ func Unsupported(docs Docs) []Fault {
 		}
 		for j := range v.Spec.Interfaces {
 			f := &v.Spec.Interfaces[j]
-			k, multus := v.multusOf(f)
 			unsupportedInterface(f, v.interfacePath(j), say)
-			if multus == nil || !f.has(Bridge) || multus.NetworkName == "" || multus.Default {
-				continue // the pod's own link needs no definition
-			}
-			at := v.networkPath(k) + ".multus"
-			if text := docs.attachFault(v, multus.NetworkName); text != "" && len(faults) < maxFaults {
-				faults = append(faults, v.fault(Error, at+".networkName", "%s", text))
+			if k, multus := v.multusOf(f); multus != nil && len(faults) < maxFaults {
+				faults = append(faults, docs.attachFaults(v, f, k)...)
 			}
 		}
 		for j, n := range v.Spec.Networks {
