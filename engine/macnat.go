@@ -288,16 +288,14 @@ func (n *MACNAT) outbound(f *frame.Frame, w *natWork) frame.DropReason {
 // seen notes the address of the only guest. The one that it was configured with
 // stays once it was used: others are behind the guest.
 func (n *MACNAT) seen(src uint64) {
-	if n.only.Load() == src {
-		if src == n.given && !n.fixed.Load() {
-			n.fixed.Store(true)
-		}
-		return
+	switch {
+	case n.fixed.Load() || n.only.Load() == src && src != n.given || src&groupBit != 0 || src == 0:
+	case src == n.given:
+		n.only.Store(src)
+		n.fixed.Store(true)
+	default:
+		n.only.Store(src)
 	}
-	if n.fixed.Load() || src&groupBit != 0 || src == 0 {
-		return
-	}
-	n.only.Store(src)
 }
 
 func (n *MACNAT) outIPv4(f *frame.Frame, off int, vlan uint16, src uint64, w *natWork) frame.DropReason {
