@@ -104,14 +104,22 @@ func (b *podBridge) checkKind() error {
 	return nil
 }
 
+// withAddress names the address that is to be the guest's, if there is one.
+func (b *podBridge) withAddress() string {
+	if a := b.view.Address(); a.IsValid() {
+		return fmt.Sprintf(" (%s)", a)
+	}
+	return ""
+}
+
 // checkBridges refuses whatever else would use a link whose place a guest takes.
 func checkBridges(p *plan) error {
 	owner := map[string]*podBridge{}
 	for _, b := range p.bridges {
 		key := b.netns + " " + b.link
 		if other := owner[key]; other != nil {
-			return badInput("%s and %s would both take the place of %s: give one a namespace of its own with -f FILE@NETNS, or masquerade: {} to both",
-				other.name(), b.name(), b.link)
+			return badInput("%s and %s would both take the place of link %s%s, where is room for one guest: give one another network, or a namespace of its own with -f FILE@NETNS",
+				other.name(), b.name(), b.link, b.withAddress())
 		}
 		owner[key] = b
 	}

@@ -214,8 +214,8 @@ func TestLinkOfItsCNI(t *testing.T) {
 			assert.Zero(t, st.Switch.VLAN)
 			p.stop()
 			require.NoError(t, ns.Addr(link, "10.9.0.9/24"))
-			sidewire(t, "run", "-f", p.vmi, "--socket-dir", p.dir, "--netns", ns.Path).says(t, exitMachine, "run",
-				[]string{"vm1/net, vm2/net", link, "10.9.0.9/24", "not supported yet", "--uplink"})
+			sidewire(t, "run", "-f", p.vmi, "--socket-dir", p.dir, "--netns", ns.Path).says(t, exitInput, "run",
+				[]string{"vm1/net and vm2/net", link, "10.9.0.9/24", "room for one guest"})
 		})
 	}
 }
@@ -234,12 +234,12 @@ func TestBadNetworks(t *testing.T) {
 		"no definition": {onLAN("vm1", "blue", 1) + definition("red", `{"type": "bridge"}`), nil, exitInput,
 			[]string{"docs.yaml:12: spec.networks[0].multus.networkName", "default/blue is not given", "default/red (", "docs.yaml:14)", "--nad"}},
 		"unknown type": {onLAN("vm1", "blue", 1) + definition("blue", `{"type": "ptp"}`), nil, exitInput,
-			[]string{"not supported yet", "default/blue (", `type "ptp"`, "bridge, cnv-bridge, ovs"}},
+			[]string{"vm1/net", "default/blue (", `type "ptp"`, "bridge, cnv-bridge, ovs"}},
 		"broken JSON": {onLAN("vm1", "blue", 1) + definition("blue", "{\n    \"type\": \"bridge\",\n    \"vlan\": 1oo\n    }"), nil, exitInput,
 			[]string{"docs.yaml:19: spec.config", "line 19, column 14: invalid character"}},
 		"bad VLAN":           {onLAN("vm1", "blue", 1) + definition("blue", "{\n    \"type\": \"bridge\",\n    \"vlan\": 4095\n    }"), nil, exitInput, []string{"docs.yaml:19: spec.config.vlan", "0 and 4094"}},
 		"masquerade":         {strings.Replace(onLAN("vm1", "blue", 1), "bridge: {}", "masquerade: {}", 1) + blue, nil, exitInput, []string{"interfaces[0].name", "only implemented with pod network"}},
-		"pod network":        {strings.Replace(onLAN("vm1", "blue", 1), "multus: {networkName: blue}", "pod: {}", 1), nil, exitInput, []string{"interfaces[0].bridge", "not supported yet"}},
+		"pod network":        {strings.Replace(onLAN("vm1", "blue", 1), "multus: {networkName: blue}", "pod: {}", 1), nil, exitInput, []string{"vm1/net", "no such link: eth0", "eth1", "--uplink"}},
 		"no such uplink":     {onLAN("vm1", "blue", 1) + blue, []string{"--uplink", "blue=eth7"}, exitInput, []string{"vm1/net", "eth7", "eth1", "--uplink"}},
 		"no such network":    {onLAN("vm1", "blue", 1) + blue, []string{"--uplink", "green=eth1"}, exitInput, []string{"green=eth1", "blue, default/blue, net"}},
 		"one uplink for two": {onLAN("vm1", "blue", 1) + onLAN("vm2", "red", 1) + blue + definition("red", `{"type": "bridge", "bridge": "br1"}`), []string{"--uplink", "blue=eth1", "--uplink", "red=eth1"}, exitInput, []string{"eth1", "cni0", "br1"}},
