@@ -124,9 +124,9 @@ func (p *Pod) makeTables() error {
 	base("unmarked", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw)
 	base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
-	err = errors.Join(err, c.AddSet(portSet(dev, "ports"), nil))
+	err = errors.Join(err, c.AddSet(p.portSet(dev, "ports"), nil))
 	for i := range p.ports {
-		err = errors.Join(err, c.AddSet(portSet(ip, portsOf(i)), nil))
+		err = errors.Join(err, c.AddSet(p.portSet(ip, portsOf(i)), nil))
 	}
 	if err != nil {
 		return fmt.Errorf("nftables sets: %w", err)
@@ -197,8 +197,8 @@ func nftError(err error) error {
 	return fmt.Errorf("nftables: %w", err)
 }
 
-func portSet(t *nftables.Table, name string) *nftables.Set {
-	return &nftables.Set{Table: t, Name: name, KeyType: typePort, Concatenation: true}
+func (p *Pod) portSet(t *nftables.Table, name string) *nftables.Set {
+	return &nftables.Set{Table: t, Name: name, KeyType: typePort, Concatenation: true, Interval: p.wide}
 }
 
 // portsOf is the name of the set of the i-th guest's ports. Those of all guests
@@ -213,15 +213,15 @@ func (p *Pod) fillPorts() error {
 	}
 	var all []nftables.SetElement
 	for i := range p.ports {
-		elems := portElements(p.ports[i])
-		s := portSet(p.ipTable(), portsOf(i))
+		elems := p.ports[i].elements(p.wide)
+		s := p.portSet(p.ipTable(), portsOf(i))
 		c.FlushSet(s)
 		if err := appendElements(c, s, elems); err != nil {
 			return err
 		}
 		all = append(all, elems...)
 	}
-	s := portSet(p.netdevTable(), "ports")
+	s := p.portSet(p.netdevTable(), "ports")
 	c.FlushSet(s)
 	if err := appendElements(c, s, all); err != nil {
 		return err
@@ -230,14 +230,6 @@ func (p *Pod) fillPorts() error {
 		return nftError(err)
 	}
 	return nil
-}
-
-func portElements(ports map[Port]bool) (elems []nftables.SetElement) {
-	for port := range ports {
-		key := binary.BigEndian.AppendUint16([]byte{port.Proto, 0, 0, 0}, port.Port)
-		elems = append(elems, nftables.SetElement{Key: append(key, 0, 0)})
-	}
-	return elems
 }
 
 var chainsEgress = []string{"egress", "marked", "seen", "seentcp"}

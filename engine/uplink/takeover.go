@@ -26,23 +26,6 @@ const PodMark = 0x51de0002
 // ARP entry survives migration.
 var GatewayMAC = frame.MAC{2}
 
-// Port is a published port of the guest.
-type Port struct {
-	Proto uint8 // frame.ProtoTCP or frame.ProtoUDP
-	Port  uint16
-}
-
-// String names the port as users do.
-func (p Port) String() string {
-	switch p.Proto {
-	case frame.ProtoTCP:
-		return fmt.Sprintf("port %d/TCP", p.Port)
-	case frame.ProtoUDP:
-		return fmt.Sprintf("port %d/UDP", p.Port)
-	}
-	return fmt.Sprintf("port %d of protocol %d", p.Port, p.Proto)
-}
-
 // PortRange is the ports from Lo to Hi, both included.
 type PortRange struct{ Lo, Hi uint16 }
 
@@ -89,8 +72,9 @@ type Pod struct {
 	// kernel is where the pod's kernel chooses its ports from.
 	kernel PortRange
 
-	mu    sync.Mutex      // guards ns, ports and the rules in the kernel
-	ports []map[Port]bool // of each guest; nil: everything
+	mu    sync.Mutex // guards ns, ports and the rules in the kernel
+	ports []portList // of each guest; nil: everything
+	wide  bool       // the sets in the kernel hold ranges
 }
 
 // Takeover prepares the current network namespace. It needs CAP_NET_ADMIN. If
@@ -122,9 +106,10 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 		if len(g.Ports) == 0 {
 			p.ports = append(p.ports, nil)
 		} else {
-			p.ports = append(p.ports, portSetOf(g.Ports))
+			p.ports = append(p.ports, portListOf(g.Ports))
 		}
 	}
+	p.wide = p.ranged()
 	if p.ns, err = openNS(); err != nil {
 		return p, err
 	}
@@ -181,7 +166,7 @@ func checkGuests(guests []Guest) error {
 	if len(guests) == 0 {
 		return errors.New("no guest")
 	}
-	all, taken := 0, map[Port]bool{}
+	all := 0
 	for i, g := range guests {
 		if !g.Addr.Is4() || !g.Gateway.Addr().Is4() || !g.Gateway.Contains(g.Addr) || g.Gateway.Addr() == g.Addr {
 			return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", g.Addr, g.Gateway)
@@ -194,11 +179,10 @@ func checkGuests(guests []Guest) error {
 		if err := checkPorts(g.Ports); err != nil {
 			return err
 		}
-		for port := range portSetOf(g.Ports) {
-			if taken[port] {
+		for _, other := range guests[:i] {
+			if port, ok := portListOf(g.Ports).shared(portListOf(other.Ports)); ok {
 				return fmt.Errorf("two guests have %s", port)
 			}
-			taken[port] = true
 		}
 		if len(g.Ports) == 0 {
 			all++
@@ -279,40 +263,32 @@ func (p *Pod) Ports(i int) []Port {
 	if p.ports[i] == nil {
 		return nil
 	}
-	return p.list(i)
+	return slices.Clone(p.ports[i])
 }
 
-func (p *Pod) list(i int) []Port {
-	out := make([]Port, 0, len(p.ports[i])+1)
-	for port := range p.ports[i] {
-		out = append(out, port)
-	}
-	slices.SortFunc(out, func(a, b Port) int {
-		return (int(a.Proto)<<16 | int(a.Port)) - (int(b.Proto)<<16 | int(b.Port))
-	})
-	return out
-}
-
-// AddPort publishes a port of the i-th guest, which no other guest has. For
+// AddPort publishes a single port of the i-th guest, which no other guest has. For
 // one that has everything it does nothing.
 func (p *Pod) AddPort(i int, port Port) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ports[i] == nil || p.ports[i][port] {
+	if p.ports[i] == nil {
 		return nil
 	}
-	return p.publish(i, append(p.list(i), port))
+	if _, there := p.ports[i].find(port); there {
+		return nil
+	}
+	return p.publish(i, append(slices.Clone(p.ports[i]), port))
 }
 
-// RemovePort takes back a published port of the i-th guest. Without the last
-// one nothing of it is published.
+// RemovePort takes back a single published port of the i-th guest, which may be
+// one of a range. Without the last one nothing of it is published.
 func (p *Pod) RemovePort(i int, port Port) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.ports[i] == nil || !p.ports[i][port] {
+	if _, there := p.ports[i].find(port); !there {
 		return fmt.Errorf("%s is not published", port)
 	}
-	return p.publish(i, slices.DeleteFunc(p.list(i), func(q Port) bool { return q == port }))
+	return p.publish(i, p.ports[i].without(port))
 }
 
 // publish changes the list of a guest's published ports.
@@ -321,7 +297,7 @@ func (p *Pod) publish(i int, ports []Port) error {
 		return err
 	}
 	old := p.ports[i]
-	p.ports[i] = portSetOf(ports)
+	p.ports[i] = portListOf(ports)
 	if err := inNS(p.ns, p.fillPorts); err != nil {
 		p.ports[i] = old
 		return fmt.Errorf("publish ports: %w", err)
@@ -329,26 +305,9 @@ func (p *Pod) publish(i int, ports []Port) error {
 	return nil
 }
 
-func checkPorts(ports []Port) error {
-	for _, p := range ports {
-		if p.Proto != frame.ProtoTCP && p.Proto != frame.ProtoUDP || p.Port == 0 {
-			return fmt.Errorf("%s cannot be published", p)
-		}
-	}
-	return nil
-}
-
-func portSetOf(ports []Port) map[Port]bool {
-	set := map[Port]bool{}
-	for _, p := range ports {
-		set[p] = true
-	}
-	return set
-}
-
 // all says whether everything is published.
 func (p *Pod) all() bool {
-	return slices.ContainsFunc(p.ports, func(m map[Port]bool) bool { return m == nil })
+	return slices.ContainsFunc(p.ports, func(l portList) bool { return l == nil })
 }
 
 // Restore puts back everything that Takeover changed. No worker may use the

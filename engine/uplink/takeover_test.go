@@ -24,7 +24,7 @@ import (
 	"sidewire/engine/frame"
 )
 
-func tcpPort(n uint16) Port { return Port{frame.ProtoTCP, n} }
+func tcpPort(n uint16) Port { return Port{Proto: frame.ProtoTCP, Port: n} }
 
 // syn sends a SYN from the outside to the pod.
 func (r *rig) syn(src, dst uint16) {
@@ -303,11 +303,11 @@ func TestPortsChange(t *testing.T) {
 func TestManyPorts(t *testing.T) {
 	var many []Port
 	for i := range 5000 {
-		many = append(many, Port{frame.ProtoUDP, uint16(i + 1)})
+		many = append(many, Port{Proto: frame.ProtoUDP, Port: uint16(i + 1)})
 	}
 	r := newRig(t, many...)
 	require.Equal(t, many, r.pod.Ports(0))
-	require.NoError(t, r.pod.RemovePort(0, Port{frame.ProtoUDP, 4999}))
+	require.NoError(t, r.pod.RemovePort(0, Port{Proto: frame.ProtoUDP, Port: 4999}))
 	for _, port := range []uint16{1, 5000} {
 		send(t, r.out, enginetest.UDPFrame(r.eth(), toPod(), enginetest.UDP{Src: 5, Dst: port}, nil))
 		r.next(r.in(), "datagram", udp(5, port))
@@ -357,7 +357,7 @@ func (r *rig) fragments(src, dst, id uint16) (first, second []byte) {
 }
 
 func TestFragments(t *testing.T) {
-	r := newRig(t, Port{frame.ProtoUDP, 80})
+	r := newRig(t, Port{Proto: frame.ProtoUDP, Port: 80})
 	pc, err := r.Pod.ListenPacket("udp4", ":81")
 	require.NoError(t, err)
 	defer pc.Close()
@@ -503,7 +503,7 @@ func TestTakeoverRefuses(t *testing.T) {
 		"IPv6 guest":   {func(c *TakeoverConfig) { c.Guests[0].Addr = netip.IPv6LinkLocalAllNodes() }, "not two IPv4 addresses"},
 		"range":        {func(c *TakeoverConfig) { c.NAT = PortRange{5, 4} }, "is empty"},
 		"port 0":       {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{tcpPort(0)} }, "port 0/TCP cannot be published"},
-		"protocol":     {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{{132, 80}} }, "port 80 of protocol 132 cannot be published"},
+		"protocol":     {func(c *TakeoverConfig) { c.Guests[0].Ports = []Port{{Proto: 132, Port: 80}} }, "port 80 of protocol 132 cannot be published"},
 		"nobody":       {func(c *TakeoverConfig) { c.Guests = nil }, "no guest"},
 		"one network":  {func(c *TakeoverConfig) { c.Guests = append(c.Guests, guests(tcpPort(80))...) }, "overlap"},
 		"one port": {func(c *TakeoverConfig) {
