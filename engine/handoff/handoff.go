@@ -37,12 +37,24 @@ type Status struct {
 	MAC     string `json:"mac,omitempty"`
 	MTU     int    `json:"mtu,omitempty"`
 	Queues  int    `json:"queues,omitempty"`
-	Adopted bool   `json:"adopted"` // it was there before us
+	Adopted bool   `json:"adopted"`        // it was there before us
+	Kept    bool   `json:"kept,omitempty"` // a run before this one prepared it and crashed: QEMU may have it
 
 	// Of a macvtap.
 	Link     string `json:"link,omitempty"`
 	Lower    string `json:"lower,omitempty"` // empty where that is in another namespace
 	Mode     string `json:"mode,omitempty"`
 	Capacity int    `json:"capacity,omitempty"`
-	Node     string `json:"node,omitempty"` // the character device, such as /dev/tap4
+	Node     string `json:"node,omitempty"`   // the character device, such as /dev/tap4
+	Device   string `json:"device,omitempty"` // its number, where /dev has no node of it
+
+	// Of a function of a PCI device. What cannot be seen is left out.
+	Address    string `json:"address,omitempty"` // such as 0000:65:00.2
+	Driver     string `json:"driver,omitempty"`
+	Group      string `json:"iommu_group,omitempty"`
+	PF         string `json:"pf,omitempty"` // the physical function's address, and Link is its link
+	VF         *int   `json:"vf,omitempty"`
+	VLAN       int    `json:"vlan,omitempty"`
+	SpoofCheck *bool  `json:"spoofchk,omitempty"`
+	Trust      *bool  `json:"trust,omitempty"`
 }
