@@ -24,6 +24,7 @@ var needs = map[string]func() error{
 	"hugepages": needHugePages,
 	"kernel":    needKernel,
 	"ipxe":      needIPXE,
+	"qemu10":    func() error { _, err := Hardware(); return err },
 	"qemu":      needProgram("qemu-system-x86_64"),
 	"testpmd":   needProgram("dpdk-testpmd"),
 	"nft":       needProgram("nft"),
