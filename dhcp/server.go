@@ -1,11 +1,13 @@
-// Package dhcp leases addresses to guests: DHCPv4.
+// Package dhcp leases addresses to guests: DHCPv4, and the IPv6 that goes with it.
 //
 // A [Server] is a stage of one guest's port. It owns that guest's one address
 // and answers what the guest asks in the batch that brought the question; all
 // other frames pass it untouched. What it answers with is an immutable value
 // that [Server.Update] replaces; the lease and the counters are under one
-// mutex, which only DHCP messages take. [ResolvConf] reads what the host knows
-// about DNS.
+// mutex, which only DHCP messages take. A [Server6] is the same for
+// IPv6, and the router of the guest's link besides: router advertisements, neighbour
+// advertisements for its own addresses, DHCPv6. [ResolvConf] reads what the host
+// knows about DNS.
 package dhcp
 
 import (
@@ -41,11 +43,30 @@ const (
 type Server struct {
 	offer atomic.Pointer[offer]
 
-	mu     sync.Mutex // guards what follows
-	lease  *LeaseInfo // nil while the guest holds none
-	stats  Stats
+	mu    sync.Mutex // guards what follows
+	lease *LeaseInfo // nil while the guest holds none
+	stats Stats
+	rate  rate
+}
+
+// rate bounds how many messages of a guest are answered.
+type rate struct {
 	credit int64 // nanoseconds of messages that may still be answered
 	last   int64 // b.Now of the last message
+}
+
+func newRate() rate { return rate{credit: messageBurst} }
+
+// admit takes one message from the guest's share of the slow path.
+func (r *rate) admit(now int64) bool {
+	if now > r.last {
+		r.credit, r.last = min(messageBurst, r.credit+min(now-r.last, messageBurst)), now
+	}
+	if r.credit < messageEvery {
+		return false
+	}
+	r.credit -= messageEvery
+	return true
 }
 
 // Stats counts what became of a guest's DHCP messages.
@@ -70,7 +91,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{credit: messageBurst}
+	s := &Server{rate: newRate()}
 	s.offer.Store(o)
 	return s, nil
 }
@@ -230,19 +251,15 @@ func checksumOK(p []byte, l4 int) bool {
 	return frame.Fold(frame.Sum(udp, sum)) == 0xffff
 }
 
-// admit takes one message from the guest's share of the slow path.
+// admit says whether one more message is answered.
 func (s *Server) admit(now int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if now > s.last {
-		s.credit, s.last = min(messageBurst, s.credit+min(now-s.last, messageBurst)), now
-	}
-	if s.credit < messageEvery {
+	ok := s.rate.admit(now)
+	if !ok {
 		s.stats.RateLimited++
-		return false
 	}
-	s.credit -= messageEvery
-	return true
+	return ok
 }
 
 // bad drops a frame that cannot be read and counts it.
