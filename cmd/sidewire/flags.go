@@ -52,6 +52,8 @@ type options struct {
 	qemu       string
 	kvm        bool
 
+	handoff handoffOptions
+
 	// Of the socket path.
 	rules          []usernet.Rule // in the order given
 	forward        list
@@ -129,6 +131,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.Var(&o.forward, "forward", "`[VMI/INTERFACE=][ADDR:]PORT[-LAST][:GUESTPORT][/udp]` that leads to such a guest; may be repeated")
 	fs.IntVar(&o.mtu, "mtu", 0, "`BYTES` of the MTU of such guests' links (default: that of the pod's link, 1500 for slirp)")
 	fs.BoolVar(&o.noHostLoopback, "no-host-loopback", false, "keep such guests from the pod's 127.0.0.1, for which the gateway stands otherwise")
+	o.handoff.register(fs)
 	fs.BoolVar(&o.slirpPing, "slirp-ping", false, "let slirp guests ping beyond the gateway")
 }
 

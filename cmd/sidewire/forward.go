@@ -120,7 +120,7 @@ func (s *server) find(r forwardRequest) (forwarder, uint8, error) {
 		case ok && (r.Interface == "" || r.Interface == n.base().name()):
 			found = append(found, to)
 		case n.base().name() == r.Interface:
-			return nil, 0, badInput("%s is on a switch: whatever is sent to the guest's own address gets there, nothing is forwarded", r.Interface)
+			return nil, 0, badInput("%s is on a network of its own: whatever is sent to the guest's own address gets there, nothing is forwarded", r.Interface)
 		}
 		if ok {
 			names = append(names, n.base().name())

@@ -45,7 +45,7 @@ type command struct {
 
 func commands() []command {
 	return []command{
-		{"run", "-f VMI.yaml [flags]", "serve every interface of the VMIs until SIGTERM", runCommand},
+		{"run", "-f VMI.yaml [flags] [-- QEMU...]", "serve every interface of the VMIs until SIGTERM, or until the QEMU ends that it starts", runCommand},
 		{"validate", "-f FILE...", "one line per fault; exit 1 if there is one", validateCommand},
 		{"qemu-args", "-f VMI.yaml [flags]", "the QEMU arguments for the interfaces, one per line", qemuArgsCommand},
 		{"restore", "[--netns PATH]... [--state-dir DIR]", "put back links that a crashed run left, without serving", restoreCommand},
@@ -85,6 +85,9 @@ func realMain(ctx context.Context, args []string, out, errw io.Writer) int {
 			for line := range strings.SplitSeq(msg, "\n") {
 				fmt.Fprintf(errw, "sidewire %s: %s\n", c.name, line)
 			}
+		}
+		if q := (qemuExit{}); errors.As(err, &q) {
+			return q.code
 		}
 		if errors.As(err, new(inputError)) {
 			return exitInput

@@ -25,7 +25,9 @@ type plan struct {
 	users []*userNIC
 	// bridges are guests that take a link's place.
 	bridges []*podBridge
-	all     []served // in the order of the files
+	// handoffs are guests that get a device of the kernel's.
+	handoffs []*handoffNIC
+	all      []served // in the order of the files
 }
 
 // planAll finds for every interface what it is joined to: the address of a
@@ -44,6 +46,10 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 			n := nic{vm: vm, iface: i, socket: o.socketPath(vm.Name, i.Name), order: len(p.all)}
 			if err := checkSocketPath(n.socket); err != nil {
 				return nil, err
+			}
+			if handedOver(i) {
+				p.addHandoff(o, n)
+				continue
 			}
 			taken, err := p.addBridge(o, n)
 			switch {

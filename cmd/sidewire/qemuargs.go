@@ -44,13 +44,21 @@ func qemuArgsCommand(ctx context.Context, args []string, out, errw io.Writer) er
 	if err != nil {
 		fmt.Fprintf(errw, "warning: %v: taking it for an old one; name yours with --qemu\n", err)
 	}
-	lines, notes, err := vmi.QEMUArgs(vms[0], vmi.QEMUOptions{
+	shell := shellHandoff{o: &o, vm: vms[0], next: firstExtra}
+	if err := shell.plan(); err != nil {
+		return err
+	}
+	for _, n := range shell.notes {
+		fmt.Fprintln(errw, "note:", n)
+	}
+	lines, notes, err := vmi.QEMUArgs(shell.vm, vmi.QEMUOptions{
 		SocketDir: o.socketDir,
-		MTU:       func(i vmi.Interface) int { return linkMTU(&o, vms[0], i) },
+		MTU:       shell.mtu,
 		Version:   version,
 		KVM:       o.kvm,
 		Client:    o.mode == "client",
 		Packed:    o.packed,
+		Handoff:   shell.handoff,
 	})
 	if err != nil {
 		return inputError{err}

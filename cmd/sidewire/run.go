@@ -27,9 +27,14 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	var o options
 	fs := newFlags("run", errw)
 	o.register(fs)
+	args, command, err := cutCommand(args)
+	if err != nil {
+		return err
+	}
 	if err := parse(fs, args); err != nil {
 		return err
 	}
+	o.handoff.command = command
 	if err := o.check(); err != nil {
 		return err
 	}
@@ -43,6 +48,9 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if err := o.handoff.check(vms); err != nil {
+		return err
+	}
 	debug.SetMemoryLimit(memorySoftLimit)
 	s, err := start(ctx, &o, vms, book, log)
 	if err != nil {
@@ -50,6 +58,9 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	}
 	if _, err := fmt.Fprintln(out, "ready"); err != nil {
 		return errors.Join(err, s.stop())
+	}
+	if command != nil {
+		return errors.Join(s.launch(ctx, &o, vms[0], out, errw), s.stop())
 	}
 	<-ctx.Done()
 	log.Info("stopping")
@@ -67,10 +78,12 @@ type server struct {
 	// socketShare is how many sockets each interface may have that has its own.
 	socketShare int
 
-	mu      sync.Mutex // guards what follows, and engine while start runs
-	open    []served   // in the order of the files
-	lans    []*lan
-	closers []func() error
+	mu   sync.Mutex // guards what follows, and engine while start runs
+	open []served   // in the order of the files
+	lans []*lan
+	// handoffs are set when start begins to open them.
+	handoffs []*handoffNIC
+	closers  []func() error
 }
 
 // start builds everything up; whatever it built is taken down again if it
@@ -134,6 +147,17 @@ func start(ctx context.Context, o *options, vms []vmi.VM, book *leaseBook, log *
 	for _, b := range p.bridges {
 		if err := b.open(ctx, s, o, stopEngine); err != nil {
 			return s, fmt.Errorf("%s: %w", b.name(), err)
+		}
+	}
+	s.handoffs = p.handoffs
+	for _, n := range p.handoffs {
+		if err := n.open(s, o); err != nil {
+			return s, fmt.Errorf("%s: %w", n.name(), err)
+		}
+	}
+	if o.handoff.qmp != "" {
+		if err := s.giveByMonitor(ctx, o, vms[0]); err != nil {
+			return s, err
 		}
 	}
 	s.mu.Lock()

@@ -63,6 +63,7 @@ type InterfaceStatus struct {
 	NAT        *nat.Stats          `json:"nat,omitempty"`        // of the packet path
 	Sockets    *usernet.Stats      `json:"sockets,omitempty"`    // of the socket path
 	Policy     []string            `json:"policy,omitempty"`     // rules of the socket path, of which the first that fits decides
+	Handoff    *HandoffStatus      `json:"handoff,omitempty"`    // of a device of the kernel's: nothing comes by us
 	Forwards   []forwardRequest    `json:"forwards"`             // null: everything
 	Everything bool                `json:"everything,omitempty"` // every TCP and UDP port, beside forwards, by sockets
 }
@@ -199,6 +200,10 @@ func printStatus(out io.Writer, st Status) error {
 		(time.Duration(st.Uptime) * time.Second).String(), len(st.Workers), float64(st.Memory)/(1<<20))
 	for _, i := range st.Interfaces {
 		fmt.Fprintf(w, "\n%s\t%s, %s, %d queue pairs, MTU %d\n", i.Name, i.Binding, i.Model, i.QueueCount, i.MTU)
+		if i.Handoff != nil {
+			fmt.Fprintf(w, "  device\t%s\n  guest\t%s\n", i.Handoff.summary(), orElse(i.MAC, "of the device's address"))
+			continue
+		}
 		fmt.Fprintf(w, "  socket\t%s (%s)\n", i.Socket, i.Device.State)
 		fmt.Fprintf(w, "  guest\t%s, link %s, %d KiB for each queue pair\n", orElse(i.MAC, "not seen yet"), i.LinkState, pairMemory(i.Device)>>10)
 		if i.Switch != nil {

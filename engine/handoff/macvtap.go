@@ -61,6 +61,7 @@ type Macvtap struct {
 	before *linkState // of an adopted link, nil if we made it
 	node   node
 	vhost  bool
+	kept   bool
 	lock   *net.UnixListener
 
 	mu     sync.Mutex // guards status
@@ -121,6 +122,45 @@ func OpenMacvtap(c MacvtapConfig) (m *Macvtap, err error) {
 	return m, m.refresh()
 }
 
+// FindMacvtap says what OpenMacvtap would give, as far as it can be known before,
+// and changes nothing. Its status has no Node if the link is not there yet; of the methods
+// only Netdev and Status may be called.
+func FindMacvtap(c MacvtapConfig) (*Macvtap, error) {
+	c.Queues = max(c.Queues, 1)
+	m := &Macvtap{c: c}
+	l, err := m.adoptable()
+	if err != nil {
+		return nil, err
+	}
+	if l == nil {
+		if own, err := netlink.LinkByName(c.Name); err == nil && own.Type() == "macvtap" {
+			l = own
+		}
+	}
+	mac := c.MAC
+	switch {
+	case l != nil:
+		m.link = l
+		if m.node, err = findNode(l); err != nil {
+			return nil, err
+		}
+		if err := m.refresh(); err != nil {
+			return nil, err
+		}
+		if mac == nil {
+			mac = m.link.Attrs().HardwareAddr
+		}
+	case mac == nil && c.Mode == "passthru":
+		if lower, err := netlink.LinkByName(c.Lower); err == nil {
+			mac = lower.Attrs().HardwareAddr
+		}
+	case mac == nil:
+		mac = c.DefaultMAC
+	}
+	m.status.Kind, m.status.Link, m.status.MAC = "macvtap", orElse(m.status.Link, c.Name), mac.String()
+	return m, nil
+}
+
 // adoptable is the link that a CNI left, nil if there is none.
 func (m *Macvtap) adoptable() (netlink.Link, error) {
 	for _, name := range m.c.Adopt {
@@ -143,7 +183,7 @@ func (m *Macvtap) adoptable() (netlink.Link, error) {
 func (m *Macvtap) adopt(l netlink.Link) error {
 	before := stateOf(l)
 	if saved, ok := parseState(l.Attrs().Alias); ok {
-		before = saved
+		before, m.kept = saved, true
 	}
 	if err := netlink.LinkSetAlias(l, before.String()); err != nil {
 		return fmt.Errorf("macvtap %s: %w", l.Attrs().Name, privilege(err, "CAP_NET_ADMIN"))
@@ -176,7 +216,7 @@ func (m *Macvtap) make() error {
 	}
 	if l, err := netlink.LinkByName(c.Name); err == nil {
 		if old, ok := l.(*netlink.Macvtap); ok && old.ParentIndex == lower.Attrs().Index && old.Mode == modeOf[c.Mode] {
-			m.link = l
+			m.link, m.kept = l, true
 			return m.configure(mac)
 		}
 		if l.Type() != "macvtap" {
@@ -342,7 +382,10 @@ func (m *Macvtap) refresh() error {
 	a := l.Attrs()
 	st := Status{
 		Kind: "macvtap", MAC: a.HardwareAddr.String(), MTU: a.MTU, Queues: m.c.Queues, Adopted: m.before != nil,
-		Link: a.Name, Node: "/dev/" + m.node.name,
+		Kept: m.kept, Link: a.Name, Node: "/dev/" + m.node.name,
+	}
+	if !m.node.inDev() {
+		st.Device = m.node.number()
 	}
 	if !st.Adopted {
 		st.Lower, st.Capacity = m.c.Lower, m.c.Capacity

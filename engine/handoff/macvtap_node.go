@@ -93,15 +93,24 @@ func readAt(dir int, path string) (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
+// number is how mknod and the device cgroup have it.
+func (n node) number() string { return fmt.Sprintf("%d:%d", unix.Major(n.dev), unix.Minor(n.dev)) }
+
+// inDev says whether /dev has a node of it, and not of another namespace's
+// macvtap of the same name.
+func (n node) inDev() bool {
+	var st unix.Stat_t
+	return unix.Stat("/dev/"+n.name, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == n.dev
+}
+
 // open opens the device once. Where /dev has no node of it, or one that is of
 // another namespace's macvtap, a private one is made.
 func (n node) open() (*os.File, error) {
-	path := "/dev/" + n.name
-	var st unix.Stat_t
-	if unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != n.dev {
+	if !n.inDev() {
 		return n.openPrivate()
 	}
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	path := "/dev/" + n.name
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, n.refused(path, err)
 	}
@@ -117,7 +126,7 @@ func (n node) openPrivate() (*os.File, error) {
 	if err := unix.Mknodat(dir, n.name, unix.S_IFCHR|0o600, int(n.dev)); err != nil {
 		return nil, n.refused("make a node of it", err)
 	}
-	fd, err := unix.Openat(dir, n.name, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fd, err := unix.Openat(dir, n.name, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, n.refused("open it", err)
 	}
@@ -136,7 +145,7 @@ func (n node) openIn(dir string) (*os.File, error) {
 	if err := unix.Mknod(path, unix.S_IFCHR|0o600, int(n.dev)); err != nil {
 		return nil, n.refused("make a node of it", err)
 	}
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, n.refused("open it", err)
 	}
@@ -145,7 +154,7 @@ func (n node) openIn(dir string) (*os.File, error) {
 
 // refused says what would allow it.
 func (n node) refused(what string, err error) error {
-	number := fmt.Sprintf("%d:%d", unix.Major(n.dev), unix.Minor(n.dev))
+	number := n.number()
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("/dev/%s (%s): all its queues are in use: %w", n.name, number, err)

@@ -17,6 +17,7 @@ type MacvtapPool struct {
 	LowerDevice string // the link
 	Mode        string // bridge, private, vepa, or passthru, which the device plugin does not have
 	Capacity    int    // how many macvtaps there may be, at least 1
+	Any         bool   // nobody chose links: only physical links and bonds are exposed
 }
 
 const (
@@ -45,7 +46,7 @@ func (docs *Docs) macvtapPool(nad *NAD) *MacvtapPool {
 		}
 		return nil
 	}
-	return &MacvtapPool{Name: name, LowerDevice: name, Mode: macvtapMode, Capacity: macvtapCapacity}
+	return &MacvtapPool{Name: name, LowerDevice: name, Mode: macvtapMode, Capacity: macvtapCapacity, Any: true}
 }
 
 // MacvtapCNI is what a definition of type macvtap asks of its link; zero values were not said.

@@ -24,16 +24,16 @@ func TestMacvtapConfRow75Row76(t *testing.T) {
 		faults []string
 	}{
 		{`[]`, nil, true, nil},
-		{`[{"name": "dataplane", "lowerDevice": "eth0", "mode": "vepa", "capacity": 50}]`, []MacvtapPool{{"dataplane", "eth0", "vepa", 50}}, false, nil},
+		{`[{"name": "dataplane", "lowerDevice": "eth0", "mode": "vepa", "capacity": 50}]`, []MacvtapPool{{"dataplane", "eth0", "vepa", 50, false}}, false, nil},
 		{`[{"name": "a", "lowerDevice": "eth0"}, {"NAME": "b", "LowerDevice": "bond0", "mode": "private", "capacity": 0}]`,
-			[]MacvtapPool{{"a", "eth0", "bridge", 100}, {"b", "bond0", "private", 100}}, false, nil},
-		{`[{"name": "a", "lowerDevice": "eth0", "mode": "passthru"}]`, []MacvtapPool{{"a", "eth0", "passthru", 100}}, false, []string{
+			[]MacvtapPool{{"a", "eth0", "bridge", 100, false}, {"b", "bond0", "private", 100, false}}, false, nil},
+		{`[{"name": "a", "lowerDevice": "eth0", "mode": "passthru"}]`, []MacvtapPool{{"a", "eth0", "passthru", 100, false}}, false, []string{
 			`warning data.DP_MACVTAP_CONF[0].mode: the device plugin of a cluster refuses it (unknown macvtap mode); sidewire gives the whole link to one guest`}},
-		{"[\n{\"name\": \"a\", \"master\": \"eth0\" \"mode\": \"bridge\"},\n]", []MacvtapPool{{"a", "eth0", "bridge", 100}}, false, []string{
+		{"[\n{\"name\": \"a\", \"master\": \"eth0\" \"mode\": \"bridge\"},\n]", []MacvtapPool{{"a", "eth0", "bridge", 100, false}}, false, []string{
 			`warning data.DP_MACVTAP_CONF: JSON with a comma missing at line 6, column 36: read as if it were there, but a cluster refuses it; put it in`,
 			`warning data.DP_MACVTAP_CONF: JSON with a comma too many at line 6, column 53: read as if it were not there, but a cluster refuses it; take it out`,
 			`warning data.DP_MACVTAP_CONF[0].master: read as "lowerDevice": "eth0", but the device plugin knows no master; rename it`}},
-		{`[{"name": "a", "lowerDevice": "eth0", "master": "eth1"}]`, []MacvtapPool{{"a", "eth0", "bridge", 100}}, false, []string{
+		{`[{"name": "a", "lowerDevice": "eth0", "master": "eth1"}]`, []MacvtapPool{{"a", "eth0", "bridge", 100, false}}, false, []string{
 			`warning data.DP_MACVTAP_CONF[0].master: not read: "lowerDevice" is there too; remove it`}},
 		{`[{"name": "a", "lowerDevice": "eth0", "mode": "tap"}, {"name": "b", "lowerDevice": "eth0", "capacity": -1}, {"lowerDevice": "eth0"}, {"name": "d"},
 {"name": "e", "lowerDevice": "a-name-that-is-long"}, {"name": "f", "lowerdevic": "eth0"}, {"name": 5}]`, nil, false, []string{
@@ -45,7 +45,7 @@ func TestMacvtapConfRow75Row76(t *testing.T) {
 			`warning data.DP_MACVTAP_CONF[5].lowerdevic: unknown field "lowerdevic", did you mean "lowerDevice"?`,
 			`data.DP_MACVTAP_CONF[5].lowerDevice: "" is not the name of a link; name one of the node's, like eth0`,
 			`data.DP_MACVTAP_CONF[6].name: must be a text, found the number 5; put it in quotes`}},
-		{`[{"name": "a", "lowerDevice": "eth0"}, {"name": "a", "lowerDevice": "eth1"}]`, []MacvtapPool{{"a", "eth0", "bridge", 100}}, false, []string{
+		{`[{"name": "a", "lowerDevice": "eth0"}, {"name": "a", "lowerDevice": "eth1"}]`, []MacvtapPool{{"a", "eth0", "bridge", 100, false}}, false, []string{
 			`data.DP_MACVTAP_CONF[1].name: there is another pool "a", on eth0; give each its own name`}},
 		{`{"name": "a"}`, nil, false, []string{`data.DP_MACVTAP_CONF: must be a list (lines that start with -), found a mapping`}},
 		{`[{"name" "a"}]`, nil, false, []string{`data.DP_MACVTAP_CONF: not JSON at line 5, column 14: invalid character '"' after object key`}},
@@ -85,10 +85,10 @@ func TestMacvtapDefinitionRow77(t *testing.T) {
 		want           *MacvtapPool
 		fault          string
 	}{
-		{"macvtap.network.kubevirt.io/eth5", "", &MacvtapPool{"eth5", "eth5", "bridge", 100}, ""},
-		{"macvtap.network.kubevirt.io/eth5", "[]", &MacvtapPool{"eth5", "eth5", "bridge", 100}, ""},
-		{"macvtap.network.kubevirt.io/dataplane", explicit, &MacvtapPool{"dataplane", "eth0", "bridge", 50}, ""},
-		{"macvtap.network.kubevirt.io/eth0", explicit, &MacvtapPool{"dataplane", "eth0", "bridge", 50},
+		{"macvtap.network.kubevirt.io/eth5", "", &MacvtapPool{"eth5", "eth5", "bridge", 100, true}, ""},
+		{"macvtap.network.kubevirt.io/eth5", "[]", &MacvtapPool{"eth5", "eth5", "bridge", 100, true}, ""},
+		{"macvtap.network.kubevirt.io/dataplane", explicit, &MacvtapPool{"dataplane", "eth0", "bridge", 50, false}, ""},
+		{"macvtap.network.kubevirt.io/eth0", explicit, &MacvtapPool{"dataplane", "eth0", "bridge", 50, false},
 			"warning NetworkAttachmentDefinition default/n (v.yaml:5) names the link eth0, which is exposed as macvtap.network.kubevirt.io/dataplane: read as that, but a cluster finds no such resource"},
 		{"macvtap.network.kubevirt.io/eth5", explicit, nil, "NetworkAttachmentDefinition default/n (v.yaml:5) names the resource macvtap.network.kubevirt.io/eth5, but DP_MACVTAP_CONF exposes dataplane only"},
 		{"openshift.io/x", explicit, nil, `NetworkAttachmentDefinition default/n (v.yaml:5) names the resource "openshift.io/x", which is none of macvtap's; write macvtap.network.kubevirt.io/LINK`},

@@ -57,7 +57,7 @@ type QEMUOptions struct {
 	Packed    bool // offer packed virtqueues
 	// Handoff is what QEMU is given in place of a port of ours, ok if anything: the value of -netdev, whose id has to be
 	// Interface.NetdevID, and properties that its device gets besides; or, with an empty netdev, the device's driver and
-	// its properties. Nil is for none.
+	// its properties; or neither where QEMU gets it later, by its monitor. Nil is for none.
 	Handoff func(Interface) (netdev string, device []string, ok bool)
 }
 
@@ -153,6 +153,9 @@ func (b *qemuArgs) smp(vm VM) {
 func (b *qemuArgs) add(i Interface) error {
 	if b.o.Handoff != nil {
 		if netdev, device, ok := b.o.Handoff(i); ok {
+			if netdev == "" && len(device) == 0 {
+				return nil
+			}
 			b.handoff(i, netdev, device)
 			return nil
 		}
