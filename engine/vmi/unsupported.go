@@ -41,7 +41,7 @@ func Unsupported(docs Docs) []Fault {
 func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
-		case Masquerade, Slirp, Bridge:
+		case Masquerade, Slirp, Bridge, Macvtap:
 		case PluginBound:
 			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
 		default:
