@@ -35,6 +35,7 @@ type forwardRequest struct {
 	// guest's port, if another: on the socket path alone.
 	Address netip.Addr `json:"address,omitzero"`
 	Port    uint16     `json:"port"`
+	Last    uint16     `json:"last,omitempty"` // of a range that the VMI lists
 	Guest   uint16     `json:"guestPort,omitempty"`
 }
 

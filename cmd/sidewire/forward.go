@@ -32,7 +32,7 @@ func (n *podNIC) forwards() []forwardRequest {
 	}
 	out := []forwardRequest{}
 	for _, p := range ports {
-		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port})
+		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port, Last: p.Last})
 	}
 	return out
 }
@@ -111,6 +111,9 @@ func (s *server) find(r forwardRequest) (forwarder, uint8, error) {
 	if r.Port == 0 {
 		return nil, 0, badInput("port 0 cannot be forwarded: give one from 1 to 65535")
 	}
+	if r.Last != 0 && r.Last != r.Port {
+		return nil, 0, badInput("ports %d-%d: give one port at a time", r.Port, r.Last)
+	}
 	var found []forwarder
 	var names []string
 	open, _ := s.serving()
@@ -153,6 +156,9 @@ func (r forwardRequest) String() string {
 		s += r.Address.String() + ":"
 	}
 	s += strconv.Itoa(int(r.Port))
+	if r.Last > r.Port {
+		s += "-" + strconv.Itoa(int(r.Last))
+	}
 	if r.Guest != 0 {
 		s += ":" + strconv.Itoa(int(r.Guest))
 	}

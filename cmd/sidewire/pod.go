@@ -240,7 +240,7 @@ func uplinkPorts(ports []vmi.Port) []uplink.Port {
 	var out []uplink.Port
 	for _, p := range ports {
 		proto, _ := protoNumber(p.Protocol) // validated
-		out = append(out, uplink.Port{Proto: proto, Port: p.Port})
+		out = append(out, uplink.Port{Proto: proto, Port: p.Port, Last: p.Last})
 	}
 	return out
 }
@@ -249,7 +249,7 @@ func natForwards(ports []vmi.Port) []nat.Forward {
 	var out []nat.Forward
 	for _, p := range ports {
 		proto, _ := protoNumber(p.Protocol) // validated
-		out = append(out, nat.Forward{Proto: proto, Port: p.Port})
+		out = append(out, nat.Forward{Proto: proto, Port: p.Port, Last: p.Last})
 	}
 	return out
 }

@@ -26,14 +26,15 @@ const slirpLease = 24 * time.Hour
 // of ours: slirp, and the socket path of masquerade.
 type userNIC struct {
 	nic
-	netns string
-	link  string     // the pod network's, which gives the MTU
-	pod   netip.Addr // its address, not valid if it has none
-	mtu   int
-	ports []usernet.Forward // that the VMI and the flags ask for
+	netns  string
+	link   string     // the pod network's, which gives the MTU
+	pod    netip.Addr // its address, not valid if it has none
+	mtu    int
+	ports  []usernet.Forward // that the VMI and the flags ask for
+	ranges []uplink.Port     // that the VMI asks for
 
 	net      *usernet.Net
-	redirect *uplink.Redirect // of all ports; nil where only those in the list lead to the guest
+	redirect *uplink.Redirect // of all ports or of ranges; nil where only those that have sockets lead to the guest
 	host     frame.PortID     // what the host's sockets have for the guest
 	dns      *resolver
 }
@@ -235,7 +236,7 @@ func (n *userNIC) status(*server) InterfaceStatus {
 		st.MAC = m.String()
 	}
 	st.DNS, st.Sockets, st.Forwards = n.dns.status(), &net, n.forwards()
-	st.Everything = n.redirect != nil
+	st.Everything = n.redirect != nil && len(n.ranges) == 0
 	for _, r := range n.net.Policy().Rules {
 		st.Policy = append(st.Policy, r.String())
 	}
@@ -251,7 +252,13 @@ func (n *userNIC) forwards() []forwardRequest {
 		}
 		out = append(out, r)
 	}
-	if len(out) == 0 && n.redirect != nil {
+	if n.redirect == nil {
+		return out
+	}
+	for _, p := range n.ranges {
+		out = append(out, forwardRequest{Protocol: protoName(p.Proto), Port: p.Port, Last: p.Last})
+	}
+	if len(out) == 0 {
 		return nil
 	}
 	return out

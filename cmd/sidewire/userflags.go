@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 
+	"sidewire/engine/uplink"
 	"sidewire/engine/vmi"
 	"sidewire/nat/dns"
 	"sidewire/nat/usernet"
@@ -109,6 +110,10 @@ func (p *plan) userNamed(name string) (*userNIC, error) {
 func (n *userNIC) addListed() {
 	for _, p := range n.iface.Ports {
 		proto, _ := protoNumber(p.Protocol) // validated
+		if p.Last > p.Port {
+			n.ranges = append(n.ranges, uplink.Port{Proto: proto, Port: p.Port, Last: p.Last})
+			continue
+		}
 		if !slices.ContainsFunc(n.ports, func(f usernet.Forward) bool { return f.Proto == proto && f.Guest == p.Port }) {
 			n.ports = append(n.ports, usernet.Forward{Proto: proto, Port: p.Port, Guest: p.Port})
 		}

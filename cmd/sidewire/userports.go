@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sidewire/engine/uplink"
+	"sidewire/nat/usernet"
 )
 
 // publish forwards the ports that the VMI and the flags ask for, and says what
@@ -23,11 +24,14 @@ func (n *userNIC) publish(s *server) error {
 			return cannot("%w", err)
 		}
 	}
+	if len(n.ranges) > 0 {
+		n.publishRanges(s)
+	}
 	if n.slirp() || len(n.iface.Ports) > 0 {
 		return nil
 	}
 	log := s.log.With("interface", n.name())
-	why := n.publishAll(s)
+	why := n.lead(s)
 	switch {
 	case why == "":
 		log.Info("every TCP and UDP port leads to the guest; other protocols, and UDP ports that a process of the pod has, stay with the pod")
@@ -44,9 +48,49 @@ func (n *userNIC) publish(s *server) error {
 	return nil
 }
 
-// publishAll leads everything that arrives for the pod to the guest, or says why
-// it cannot.
-func (n *userNIC) publishAll(s *server) (why string) {
+// publishRanges leads the ranges of ports that the VMI lists to the guest: by one
+// redirect, or, where we may not do that, by a socket for each port as far as
+// there are descriptors for them.
+func (n *userNIC) publishRanges(s *server) {
+	why := n.lead(s, n.ranges...)
+	if why == "" {
+		return
+	}
+	log := s.log.With("interface", n.name())
+	room := min(maxForwardRange, s.socketShare/rangeShare)
+	var missing int
+	var reason error
+	for _, p := range n.ranges {
+		for port := int(p.Port); port <= int(p.Last); port++ {
+			f := usernet.Forward{Proto: p.Proto, Port: uint16(port)}
+			err := errNoRoom
+			if room > 0 {
+				err = n.net.AddForward(f)
+			}
+			if err == nil {
+				room--
+				continue
+			}
+			if reason == nil {
+				reason = err
+			}
+			missing++
+		}
+	}
+	if missing > 0 {
+		log.Warn("ports of portRanges do not reach the guest: a redirect would lead all of them, but cannot be made here", "ports", missing, "first", reason, "redirect", why)
+	}
+}
+
+// rangeShare is the part of the descriptors that ports of ranges may have: one in
+// so many. The guest's own connections need theirs.
+const rangeShare = 4
+
+var errNoRoom = errors.New("each takes a socket, and as many as ranges may have are open")
+
+// lead leads what arrives for the pod at these ports, or at all if none is named,
+// to the guest, or says why it cannot.
+func (n *userNIC) lead(s *server, ports ...uplink.Port) (why string) {
 	switch {
 	case !hasCapability(unix.CAP_NET_ADMIN):
 		return "CAP_NET_ADMIN missing"
@@ -58,7 +102,7 @@ func (n *userNIC) publishAll(s *server) (why string) {
 		return err.Error()
 	}
 	err = uplink.InNetNS(n.netns, func() (err error) {
-		n.redirect, err = uplink.OpenRedirect(uplink.RedirectConfig{Link: n.link, Pod: n.pod, TCP: tcp, UDP: udp})
+		n.redirect, err = uplink.OpenRedirect(uplink.RedirectConfig{Link: n.link, Pod: n.pod, TCP: tcp, UDP: udp, Ports: ports})
 		return err
 	})
 	if err != nil {

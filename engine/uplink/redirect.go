@@ -45,6 +45,8 @@ type RedirectConfig struct {
 	Pod netip.Addr
 	// TCP and UDP are ports of 127.0.0.1 that sockets with IP_TRANSPARENT have.
 	TCP, UDP uint16
+	// Ports are those that are led there; none is all.
+	Ports []Port
 }
 
 // Redirect leads what arrives for a pod to sockets of ours, until it is closed.
@@ -77,6 +79,9 @@ func OpenRedirect(c RedirectConfig) (r *Redirect, err error) {
 		if c.Pod, err = firstAddr(l); err != nil {
 			return nil, err
 		}
+	}
+	if err := checkPorts(c.Ports); err != nil {
+		return nil, err
 	}
 	if err := freeOfRedirect(c.Link); err != nil {
 		return nil, err
@@ -154,10 +159,23 @@ func (c *RedirectConfig) rules() *rules {
 	r.add(chain, ipField(offDst, 4, reg1), isNot(c.Pod.AsSlice()...), accept())
 	socket := &expr.Socket{Key: expr.SocketKeyTransparent, Register: reg1} // does not match where there is no socket
 	r.add(chain, socket, is(1), accept())
-	r.add(chain, l4Protocol(frame.ProtoTCP), tproxy(c.TCP), accept())
+	c.lead(r, chain, frame.ProtoTCP, tproxy(c.TCP))
 	r.add(chain, l4Protocol(frame.ProtoUDP), socket, accept())
-	r.add(chain, l4Protocol(frame.ProtoUDP), tproxy(c.UDP), accept())
+	c.lead(r, chain, frame.ProtoUDP, tproxy(c.UDP))
 	return r
+}
+
+// lead gives the ports of a protocol to a socket.
+func (c *RedirectConfig) lead(r *rules, chain string, proto uint8, to any) {
+	if len(c.Ports) == 0 {
+		r.add(chain, l4Protocol(proto), to, accept())
+	}
+	for _, p := range portListOf(c.Ports) {
+		if p.Proto == proto {
+			dst := []any{thField(2, 2, reg1), cmp(expr.CmpOpGte, be16(p.Port)...), cmp(expr.CmpOpLte, be16(p.last())...)}
+			r.add(chain, l4Protocol(proto), dst, to, accept())
+		}
+	}
 }
 
 // l4Protocol matches the protocol in such a way that what needs one may follow.

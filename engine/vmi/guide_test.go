@@ -95,7 +95,7 @@ func TestGuideValues(t *testing.T) {
 	assert.Equal(t, "ovs-vlan-100", vm.Interfaces[1].Network.NetworkName)
 
 	vm = Plan(load("12-masquerade"))[0]
-	assert.Equal(t, []Port{{"", "TCP", 80}}, vm.Interfaces[0].Ports)
+	assert.Equal(t, []Port{{Protocol: "TCP", Port: 80}}, vm.Interfaces[0].Ports)
 
 	red := Plan(load("11-slirp"))[0].Interfaces[0]
 	assert.Equal(t, Slirp, red.Binding)

@@ -73,11 +73,12 @@ type Network struct {
 	DNS               netip.Addr   // slirp: base + 3
 }
 
-// Port is one port that belongs to the guest.
+// Port is one port that belongs to the guest, or a range of them.
 type Port struct {
 	Name     string
 	Protocol string // "TCP" or "UDP"
 	Port     uint16
+	Last     uint16 // last port of a range; 0 is Port alone
 }
 
 // DHCPOptions is what an interface's dhcpOptions add to a lease.

@@ -61,7 +61,7 @@ spec:
 				CIDR: netip.MustParsePrefix("10.10.10.0/24"), CIDR6: netip.MustParsePrefix("fd10:10:10::/120"),
 				Gateway: netip.MustParseAddr("10.10.10.1"), Gateway6: netip.MustParseAddr("fd10:10:10::1"),
 				Guest: netip.MustParseAddr("10.10.10.2"), Guest6: netip.MustParseAddr("fd10:10:10::2")},
-			Ports: []Port{{"", "TCP", 80}, {"dns", "UDP", 53}},
+			Ports: []Port{{Protocol: "TCP", Port: 80}, {Name: "dns", Protocol: "UDP", Port: 53}},
 			DHCP: DHCPOptions{NTPServers: []netip.Addr{netip.MustParseAddr("127.0.0.3")},
 				Private: []PrivateOption{{240, "y"}}},
 			BootOrder: 2, PCIAddress: &PCIAddress{0, 0x81, 0x1f, 1}, ACPIIndex: 101,
