@@ -71,12 +71,12 @@ func (f *Frame) ParseIPv4() DropReason {
 		}
 		return ReasonNone
 	}
-	return f.checkTransport(total - ihl)
+	return f.checkTransport(total-ihl, f.MoreFrags())
 }
 
 // checkTransport checks that the transport header fits into Head and into the
-// n bytes that the IP packet leaves for it.
-func (f *Frame) checkTransport(n int) DropReason {
+// n bytes that the IP packet leaves for it; more says that it is a first fragment.
+func (f *Frame) checkTransport(n int, more bool) DropReason {
 	t := f.Head[f.L4:f.HeadLen]
 	need := 0
 	switch f.Proto {
@@ -84,6 +84,8 @@ func (f *Frame) checkTransport(n int) DropReason {
 		need = 20
 	case ProtoUDP, ProtoICMP:
 		need = 8
+	case ProtoICMPv6:
+		need = 4
 	}
 	if len(t) < need || n < need {
 		return BadTransport
@@ -99,7 +101,7 @@ func (f *Frame) checkTransport(n int) DropReason {
 	case ProtoUDP:
 		// The length field of a GSO frame counts one segment or all of them,
 		// that of a first fragment the whole datagram.
-		if l := int(binary.BigEndian.Uint16(t[4:])); l < 8 || l > n && !f.MoreFrags() && f.GSOType() == GSONone {
+		if l := int(binary.BigEndian.Uint16(t[4:])); l < 8 || l > n && !more && f.GSOType() == GSONone {
 			return BadTransport
 		}
 	}
@@ -122,7 +124,7 @@ func (f *Frame) sumFieldOK(n int) bool {
 	switch f.Proto {
 	case ProtoUDP:
 		want = udpSum
-	case ProtoICMP:
+	case ProtoICMP, ProtoICMPv6:
 		want = 2
 	}
 	return start == l4 && f.CsumOffset == want

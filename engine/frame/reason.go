@@ -47,6 +47,9 @@ const (
 	LinkLocal // for the next bridge only (IEEE 802.1Q, table 8-1)
 	Storm     // the port's share of frames for many is used up
 
+	// BadIPv6 is an IPv6 header, or one behind it, that contradicts itself.
+	BadIPv6
+
 	// What a link with one hardware address does not carry.
 	ForeignMAC // for another address than the link's
 
@@ -59,7 +62,7 @@ var reasonNames = [NumReasons]string{
 	"frag_needed", "policy", "no_flow", "table_full", "no_port", "rate_limited", "frag_pending",
 	"frag_overflow", "no_buffer", "queue_stopped", "send_failed", "batch_full", "port_gone",
 	"bad_source", "wrong_vlan", "same_port", "link_local", "storm",
-	"foreign_mac",
+	"bad_ipv6", "foreign_mac",
 }
 
 // String returns the name under which the reason is counted.
