@@ -21,10 +21,12 @@ type podBridge struct {
 	netns string
 	link  string
 	view  *uplink.LinkView // the link by itself
+	kind  uplink.LinkKind
 
 	host   *uplink.Delegation
 	up     *uplink.Uplink
-	port   frame.PortID // to the link
+	port   frame.PortID   // to the link
+	nat    *engine.MACNAT // nil: frames pass with the guest's own address
 	links  *uplink.Links
 	resolv string // path of the resolv.conf
 }
@@ -56,33 +58,27 @@ func (b *podBridge) open(ctx context.Context, s *server, o *options, stopEngine 
 // openLink takes the link's place.
 func (b *podBridge) openLink(s *server, o *options) (err error) {
 	b.host, err = uplink.Delegate(uplink.DelegateConfig{
-		Link: b.link, StateDir: o.linkState(), Owner: b.name(), Guest: b.mac(), KeepMAC: b.keepsMAC(),
+		Link: b.link, StateDir: o.linkState(), Owner: b.name(), Guest: b.mac(), KeepMAC: b.kind.OneMAC, KeepAddrs: b.kind.ByIP,
 	})
 	if err != nil {
 		return err
 	}
 	s.onStop(b.host.Restore)
 	b.view.Saved = *b.host.Saved()
-	b.up, err = uplink.Open(uplink.Config{Link: b.link, Workers: s.engine.Workers(), Promiscuous: true, Mark: uplink.Mark})
+	one := b.kind.OneMAC
+	b.up, err = uplink.Open(uplink.Config{Link: b.link, Workers: s.engine.Workers(), Promiscuous: !one, AllMulti: one, Mark: uplink.Mark})
 	if err != nil {
 		return err
 	}
 	s.onStop(b.up.Close)
+	if one && b.mac() != b.view.MAC {
+		b.nat = engine.NewMACNAT(engine.MACNATConfig{Link: b.view.MAC, Guests: []frame.MAC{b.mac()}, Shared: b.kind.Shared}, s.engine.Workers())
+	}
 	if b.links, err = uplink.WatchLinks(func(l uplink.LinkStatus) { b.linkChanged(s.log, l) }, b.link); err != nil {
 		return err
 	}
 	s.onStop(func() error { b.links.Close(); return nil })
 	return nil
-}
-
-// keepsMAC says whether the link must keep its hardware address, since those
-// below it know no other.
-func (b *podBridge) keepsMAC() bool {
-	switch b.view.Kind {
-	case "macvlan", "macvtap":
-		return true
-	}
-	return false
 }
 
 // said notes what was done to the link.
@@ -117,7 +113,7 @@ func (b *podBridge) linkChanged(log *slog.Logger, l uplink.LinkStatus) {
 // snapshot is how much of a frame the stages of the guest's port read.
 func (b *podBridge) snapshot() int {
 	switch {
-	case b.view.Address().IsValid() || len(b.view.Neighbours) > 0:
+	case b.view.Address().IsValid() || len(b.view.Neighbours) > 0 || b.nat != nil:
 		return 0 // DHCP and ARP lie behind the headers
 	case b.iface.QueuePairs > 1:
 		return engine.WireHead
@@ -128,8 +124,12 @@ func (b *podBridge) snapshot() int {
 // wire gives stages and workers to the two ports.
 func (b *podBridge) wire(s *server) error {
 	e := s.engine
+	var port engine.Port = b.up
+	if b.nat != nil {
+		port = b.nat.Port(b.up)
+	}
 	var err error
-	if b.port, err = e.AddPort(b.name()+" link", b.up); err != nil {
+	if b.port, err = e.AddPort(b.name()+" link", port); err != nil {
 		return err
 	}
 	fromGuest, fromLink := engine.NewWire(b.nic.port, b.port, b.iface.QueuePairs)
@@ -141,7 +141,11 @@ func (b *podBridge) wire(s *server) error {
 		stages = append(stages, newStaticARP(b.nic.port, b.view.Neighbours))
 	}
 	e.SetStages(b.nic.port, append(stages, fromGuest)...)
-	e.SetStages(b.port, fromLink)
+	if b.nat != nil {
+		e.SetStages(b.port, b.nat, fromLink)
+	} else {
+		e.SetStages(b.port, fromLink)
+	}
 	for i, q := range b.up.Queues() {
 		w := i % e.Workers()
 		if err := q.SetWatcher(e.Worker(w)); err != nil {

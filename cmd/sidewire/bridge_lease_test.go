@@ -81,7 +81,7 @@ func TestBridgeRow39Row41Calico(t *testing.T) {
 	enginetest.Must(t, w.Outside.Run("ping", "-c", "1", "-W", "5", "10.244.1.5"))
 	carry(t, v.ns, w.Outside, enginetest.OutsideIP+":7000", 2, 4<<20)
 	p.stop()
-	assert.Empty(t, changes(before, footprint(t, w.Pod)))
+	isPutBack(t, w.Pod, before)
 }
 
 // Where nobody answers for the gateway, since the pod's own neighbour table has
@@ -96,7 +96,7 @@ func TestBridgeRow41GatewaySetByHand(t *testing.T) {
 	assert.True(t, v.pings(enginetest.OutsideIP))
 	assert.Contains(t, v.run("ip", "neigh"), linkMAC(t, w.Outside, "veth0"))
 	p.stop()
-	assert.Empty(t, changes(before, footprint(t, w.Pod)))
+	isPutBack(t, w.Pod, before)
 }
 
 // A guest that asks for nothing has the address by hand.
@@ -233,7 +233,39 @@ func TestBridgeRow5Row39LinkOfACNI(t *testing.T) {
 		assert.Contains(t, v.run("ip", "route"), "10.20.0.0/16 via 10.9.0.250")
 		assert.True(t, v.pings("10.9.0.250"))
 		p.stop()
-		assert.Empty(t, changes(before, footprint(t, ns)))
+		isPutBack(t, ns, before)
+	}
+}
+
+// On a link that carries frames of its own address alone, as a macvlan, a guest
+// whose spec names no MAC has the link's, and the link keeps it. One with a MAC of
+// its own is translated: outside only the link's is ever seen.
+func TestBridgeRow11Row12Row13LinkOfOneMAC(t *testing.T) {
+	for _, mac := range []string{"", ", macAddress: 02:00:00:00:00:77"} {
+		w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+		own := linkMAC(t, w.Pod, "eth0")
+		enginetest.Must(t, w.Outside.Run("nft", "add table netdev strict"),
+			w.Outside.Run("nft", "add chain netdev strict in { type filter hook ingress device veth0 priority 0 ; }"),
+			w.Outside.Run("nft", "add rule netdev strict in ether saddr != "+own+" drop"),
+			w.Outside.Run("nft", "add chain netdev strict out { type filter hook egress device veth0 priority 0 ; }"),
+			w.Outside.Run("nft", "add rule netdev strict out ether daddr & 01:00:00:00:00:00 == 00:00:00:00:00:00 ether daddr != "+own+" drop"))
+		before := footprint(t, w.Pod)
+		p := startBridge(t, w, onPod("vm", 1, mac), "--mac-nat", "net")
+		assert.Equal(t, own, linkMAC(t, w.Pod, "eth0"), "the link keeps it")
+		ears := listenOn(t, w.Outside, "veth0")
+		v := plugVM(t, p, "vm", vhosttest.Options{}).withLease(enginetest.PodIP)
+		assert.True(t, v.pings(enginetest.OutsideIP))
+		enginetest.Must(t, w.Outside.Run("ping", "-c", "1", "-W", "5", enginetest.PodIP))
+		carry(t, v.ns, w.Outside, enginetest.OutsideIP+":7000", 2, 4<<20)
+		carry(t, w.Outside, v.ns, enginetest.PodIP+":7000", 2, 4<<20)
+		var m frame.MAC
+		require.NoError(t, m.UnmarshalText([]byte(own)))
+		assert.Empty(t, ears.strangers(m))
+		st := p.nicOf("vm/net")
+		assert.Equal(t, mac != "", st.Taken.MACNAT != nil)
+		assert.Equal(t, mac == "", st.MAC == own)
+		p.stop()
+		isPutBack(t, w.Pod, before)
 	}
 }
 
@@ -259,7 +291,7 @@ func TestBridgeRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			sidewire(t, append([]string{"run", "-f", writeFile(t, "docs.yaml", c.docs), "--socket-dir", socketDir(t), "--netns", w.Pod.Path,
 				"--resolv-conf", w.ResolvConf}, c.args...)...).says(t, c.code, "run", c.words)
-			assert.Empty(t, changes(before, footprint(t, w.Pod)))
+			isPutBack(t, w.Pod, before)
 		})
 	}
 	dir := socketDir(t)
@@ -274,5 +306,5 @@ func TestBridgeRefuses(t *testing.T) {
 	assert.Contains(t, o.err, "vm/net: delegate eth0:")
 	assert.Contains(t, o.err, "CAP_NET_ADMIN is needed")
 	assert.Contains(t, o.err, "masquerade: {}")
-	assert.Empty(t, changes(before, footprint(t, w.Pod)))
+	isPutBack(t, w.Pod, before)
 }

@@ -82,26 +82,19 @@ func (p *plan) addBridge(o *options, n nic) (bool, error) {
 		return false, badInput("%s: link %s has no address, and a network in the place of the pod network must have one: look at the ipam of %s",
 			n.name(), name, w.NetworkName)
 	}
-	if err := b.checkKind(); err != nil {
-		return false, err
+	err = uplink.InNetNS(b.netns, func() error {
+		b.kind, err = uplink.KindOf(name)
+		return err
+	})
+	if err != nil {
+		return false, bridgeError(err)
+	}
+	if o.forcesMACNAT(n.iface) && !b.kind.OneMAC {
+		b.kind = uplink.LinkKind{Name: forced, OneMAC: true}
 	}
 	p.bridges = append(p.bridges, b)
 	p.all = append(p.all, b)
 	return true, nil
-}
-
-// checkKind refuses links that do not carry the guest's frames.
-func (b *podBridge) checkKind() error {
-	switch b.view.Kind {
-	case "macvlan", "macvtap":
-		if b.mac() != b.view.MAC {
-			return badInput("not supported yet: %s: link %s is a %s, which carries frames of its own address alone: "+
-				"remove macAddress, and the guest gets that (%s)", b.name(), b.link, b.view.Kind, b.view.MAC)
-		}
-	case "ipvlan":
-		return badInput("not supported yet: %s: link %s is an ipvlan, on which the kernel itself looks after addresses; use masquerade: {}", b.name(), b.link)
-	}
-	return nil
 }
 
 // withAddress names the address that is to be the guest's, if there is one.
@@ -150,6 +143,8 @@ func bridgeError(err error) error {
 	switch {
 	case errors.Is(err, uplink.ErrNoLink):
 		return hostError(err)
+	case errors.Is(err, uplink.ErrLinkKind):
+		return inputError{err}
 	case errors.Is(err, uplink.ErrPrivilege):
 		return machineError{fmt.Errorf("%w: run as root or grant it with: setcap cap_net_admin,cap_net_raw,cap_sys_admin+ep sidewire; or use masquerade: {}", err)}
 	case errors.Is(err, uplink.ErrState):

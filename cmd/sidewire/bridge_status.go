@@ -19,6 +19,7 @@ type TakenStatus struct {
 	Silence   uplink.Silence     `json:"silence"` // what keeps the pod's kernel from speaking on it
 	StateFile string             `json:"stateFile"`
 	Resumed   bool               `json:"resumed"` // after a crash
+	MACNAT    *MACNATStatus      `json:"macNAT,omitempty"`
 }
 
 // MigrationStatus says whether the guest could be migrated as KubeVirt sees it.
@@ -49,6 +50,9 @@ func (b *podBridge) status(*server) InterfaceStatus {
 	if v.StandIn == (frame.MAC{}) {
 		st.Taken.NowMAC = v.MAC
 	}
+	if b.nat != nil {
+		st.Taken.MACNAT = &MACNATStatus{b.link, v.MAC, b.kind.Name, b.nat.Stats()}
+	}
 	if a := v.Address(); a.IsValid() {
 		// The pod's address is the guest's: KubeVirt reports it as both.
 		st.Pod, st.Guest = a.Addr(), a.Addr()
@@ -68,6 +72,9 @@ func printTaken(w io.Writer, i InterfaceStatus) {
 		fmt.Fprintf(w, "  address\t%s by DHCP, no gateway\n", i.Guest)
 	default:
 		fmt.Fprintf(w, "  address\tnone: the link had no IPv4 address, so there is no DHCP\n")
+	}
+	if n := t.MACNAT; n != nil {
+		fmt.Fprintf(w, "  \tthe guest's hardware address is translated to %s (%s)\n", n.MAC, n.Kind)
 	}
 	fmt.Fprintf(w, "  state\t%s\n", t.StateFile)
 	if m := i.Migration; m != nil && !m.Possible {

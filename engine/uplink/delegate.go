@@ -26,7 +26,7 @@ import (
 // second is an nftables table that drops all that comes in by the link and all
 // that goes out without [Mark]; packet sockets get frames before it and send
 // with Mark. It holds even when somebody gives the link an address again, and
-// where the link must keep its hardware address. Without nftables the first is
+// where the link must keep its hardware address, or its addresses. Without nftables the first is
 // enough as long as nobody meddles.
 //
 // What there was is written down first, and the file is there until all is as
@@ -46,6 +46,9 @@ type DelegateConfig struct {
 	// case the link gets another one, unless KeepMAC is set.
 	Guest   frame.MAC
 	KeepMAC bool
+	// KeepAddrs leaves the link its addresses, because its driver gives it what
+	// is for these only. It takes nftables.
+	KeepAddrs bool
 }
 
 // Delegation is a link whose place a guest has taken. Restore may be called
@@ -77,6 +80,9 @@ const (
 // ErrState means that the state directory, or a file in it, cannot be used.
 var ErrState = errors.New("state directory")
 
+// silenceLink is silence, for tests.
+var silenceLink = silence
+
 // afterStep is called between any two steps, for tests.
 var afterStep = func(string) {}
 
@@ -106,10 +112,22 @@ func Delegate(c DelegateConfig) (d *Delegation, err error) {
 	if d.file, err = stateOf(c.StateDir, l); err != nil {
 		return d, err
 	}
+	if err := mayChange(l); err != nil {
+		return d, err
+	}
 	if err := d.remember(l); err != nil {
 		return d, err
 	}
 	return d, d.take()
+}
+
+// mayChange tells whether links may be changed here at all, before anything is.
+func mayChange(l netlink.Link) error {
+	set := netlink.LinkSetARPOn
+	if l.Attrs().RawFlags&unix.IFF_NOARP != 0 {
+		set = netlink.LinkSetARPOff
+	}
+	return privilege(set(l), "CAP_NET_ADMIN") // as it is
 }
 
 // remember finds what a crashed run wrote down of the same guest, or writes down
@@ -178,7 +196,11 @@ func (d *Delegation) take() error {
 		return fmt.Errorf("link: %w", err)
 	}
 	name := l.Attrs().Name
-	if d.quiet, err = silence(name); err != nil {
+	d.quiet, err = silenceLink(name)
+	switch {
+	case err != nil && d.c.KeepAddrs:
+		return fmt.Errorf("a link of this kind keeps its addresses, so that it takes rules to silence the kernel: %w", err)
+	case err != nil:
 		d.Warnings = append(d.Warnings, fmt.Sprintf(
 			"the kernel is silent on %s for want of addresses alone, and speaks again if somebody gives it one: %v", name, err))
 	}
@@ -187,12 +209,10 @@ func (d *Delegation) take() error {
 		return fmt.Errorf("ARP off: %w", privilege(err, "CAP_NET_ADMIN"))
 	}
 	afterStep("ARP off")
-	if err := withoutIPv6(l); err != nil {
-		return fmt.Errorf("IPv6 off: %w", err)
-	}
-	afterStep("IPv6 off")
-	if err := deleteAddrs(s.Index, unix.AF_INET); err != nil {
-		return err
+	if !d.c.KeepAddrs {
+		if err := d.takeAddrs(l); err != nil {
+			return err
+		}
 	}
 	if s.StandIn == (frame.MAC{}) {
 		return nil
@@ -205,6 +225,15 @@ func (d *Delegation) take() error {
 	}
 	afterStep("hardware address set")
 	return nil
+}
+
+// takeAddrs takes all addresses away.
+func (d *Delegation) takeAddrs(l netlink.Link) error {
+	if err := withoutIPv6(l); err != nil {
+		return fmt.Errorf("IPv6 off: %w", err)
+	}
+	afterStep("IPv6 off")
+	return deleteAddrs(d.saved.Index, unix.AF_INET)
 }
 
 // Saved is what the link was. It must not be changed.

@@ -257,7 +257,23 @@ func withoutIPv6(l netlink.Link) error {
 		return err
 	}
 	afterStep("addr_gen_mode set")
-	return deleteAddrs(index, unix.AF_INET6)
+	if err := deleteAddrs(index, unix.AF_INET6); err != nil {
+		return err
+	}
+	left, err := dumpRoutes(index, unix.AF_INET6)
+	if err != nil {
+		return err
+	}
+	for _, m := range left {
+		if m[rtTableAt] == unix.RT_TABLE_LOCAL {
+			continue // of the kernel's own
+		}
+		if err := deleteMessage(unix.RTM_DELROUTE, presentable(m)); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("take a route away: %w", err)
+		}
+		afterStep("route deleted")
+	}
+	return nil
 }
 
 func setAddrGenMode(index int, mode uint8) error {

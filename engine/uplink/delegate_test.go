@@ -4,10 +4,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
@@ -91,6 +94,19 @@ func shape(t *testing.T, ns *enginetest.NetNS) map[string]string {
 	return out
 }
 
+// asBefore waits until a namespace is what it was: of IPv6 the kernel does a part
+// by and by.
+func asBefore(t *testing.T, ns *enginetest.NetNS, before map[string]string, when ...string) {
+	t.Helper()
+	var now map[string]string
+	if !enginetest.Wait(3*time.Second, func() bool { now = shape(t, ns); return maps.Equal(before, now) }) {
+		for k := range before {
+			assert.Equal(t, before[k], now[k], "%s %s", k, when)
+		}
+		t.FailNow()
+	}
+}
+
 func silentNow(t *testing.T, ns *enginetest.NetNS) {
 	t.Helper()
 	s := shape(t, ns)
@@ -136,7 +152,7 @@ func TestDelegateRow43PutsBackWhatThereWas(t *testing.T) {
 		assert.Equal(t, LinkRoute{Dest: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("169.254.1.1")}, s.Routes[0])
 		assert.Equal(t, []Neighbour{{netip.MustParseAddr("169.254.1.1"), frame.MAC{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}}}, s.Neighbours)
 		require.NoError(t, d.Restore())
-		assert.Equal(t, before, shape(t, ns))
+		asBefore(t, ns, before)
 		assert.NoFileExists(t, d.StateFile())
 	}
 }
@@ -205,7 +221,7 @@ func TestDelegateRow43IsKilledAfterAnyStep(t *testing.T) {
 				return err
 			}), step)
 		}
-		require.Equal(t, before, shape(t, ns), "killed after: %s", step)
+		asBefore(t, ns, before, "killed after: "+step)
 		files, err := filepath.Glob(filepath.Join(dir, "*.json"))
 		require.NoError(t, err)
 		assert.Empty(t, files)
@@ -244,7 +260,7 @@ func TestDelegateRow43GoesOnAfterACrash(t *testing.T) {
 	assert.False(t, spoke)
 	silentNow(t, ns)
 	require.NoError(t, d.Restore())
-	require.Equal(t, before, shape(t, ns))
+	asBefore(t, ns, before)
 
 	crashed(t, ns, c)
 	other := c
@@ -254,7 +270,7 @@ func TestDelegateRow43GoesOnAfterACrash(t *testing.T) {
 	assert.False(t, d.Resumed)
 	assert.Equal(t, v.Routes, d.Saved().Routes)
 	require.NoError(t, d.Restore())
-	require.Equal(t, before, shape(t, ns))
+	asBefore(t, ns, before)
 
 	crashed(t, ns, c)
 	enginetest.Must(t, ns.Addr("eth0", "10.7.7.7/24"))
@@ -293,7 +309,7 @@ func TestDelegateRow43StaleFiles(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, done)
 	assert.False(t, view(t, second, c.StateDir).Delegated)
-	assert.Equal(t, before, shape(t, second))
+	asBefore(t, second, before)
 
 	files, err := filepath.Glob(filepath.Join(c.StateDir, "*.json"))
 	require.NoError(t, err)
@@ -367,5 +383,74 @@ func TestDelegateRefuses(t *testing.T) {
 	before := shape(t, ns)
 	_, err = delegate(t, ns, c)
 	require.ErrorIs(t, err, ErrState)
-	assert.Equal(t, before, shape(t, ns))
+	asBefore(t, ns, before)
+}
+
+// Without nftables the link is silent for want of addresses, and that is said.
+// Where it must keep them it is refused, and nothing is left.
+func TestDelegateRow43WithoutNFTables(t *testing.T) {
+	silenceLink = func(string) (Silence, error) { return SilenceAddress, errors.New("none here") }
+	defer func() { silenceLink = silence }()
+	ns, _ := richLink(t)
+	before := shape(t, ns)
+	c := DelegateConfig{Link: "eth0", StateDir: t.TempDir(), Owner: "vm/net"}
+	d, err := delegate(t, ns, c)
+	require.NoError(t, err)
+	assert.Equal(t, SilenceAddress, d.Silence())
+	require.Len(t, d.Warnings, 1)
+	assert.Contains(t, d.Warnings[0], "speaks again if somebody gives it one: none here")
+	assert.NotContains(t, shape(t, ns)["ip -d -o addr"], "eth0")
+	require.NoError(t, d.Restore())
+	asBefore(t, ns, before)
+	c.KeepAddrs = true
+	_, err = delegate(t, ns, c)
+	require.ErrorContains(t, err, "it takes rules to silence the kernel: none here")
+	asBefore(t, ns, before)
+}
+
+// A link that must keep its addresses, as an ipvlan, is silent by rules alone.
+func TestDelegateRow12KeepsAddresses(t *testing.T) {
+	ns, _ := richLink(t)
+	before := shape(t, ns)
+	d, err := delegate(t, ns, DelegateConfig{Link: "eth0", StateDir: t.TempDir(), Owner: "vm/net", KeepMAC: true, KeepAddrs: true})
+	require.NoError(t, err)
+	now := shape(t, ns)
+	assert.Equal(t, before["ip -d -o addr"], now["ip -d -o addr"])
+	assert.Contains(t, now["nft list ruleset"], "sidewire-bridge-eth0")
+	require.NoError(t, d.Restore())
+	asBefore(t, ns, before)
+}
+
+// In a container whose /proc/sys cannot be written IPv6 goes with its addresses.
+func TestDelegateRow43ReadOnlySysctl(t *testing.T) {
+	ns, _ := richLink(t)
+	before := shape(t, ns)
+	enginetest.Must(t, ns.Do(func() error {
+		if err := readOnlySysctl(); err != nil {
+			return err
+		}
+		d, err := Delegate(DelegateConfig{Link: "eth0", StateDir: t.TempDir(), Owner: "vm/net"})
+		require.NoError(t, err)
+		assert.Empty(t, d.Warnings)
+		now := shape(t, ns)
+		assert.NotContains(t, now["ip -d -o addr"], "eth0")
+		assert.NotRegexp(t, "(?m)^unicast.*eth0", now["ip -d route show table all"]+now["ip -d -6 route show table all"])
+		return d.Restore()
+	}))
+	asBefore(t, ns, before)
+}
+
+// readOnlySysctl makes /proc/sys unwritable for this thread, which ends with it.
+func readOnlySysctl() error {
+	runtime.LockOSThread()
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	if err := unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
 }
