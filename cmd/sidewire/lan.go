@@ -104,7 +104,14 @@ func (l *lan) openLinks(s *server, o *options) error {
 			return err
 		}
 		one := u.kind.OneMAC
-		u.up, err = uplink.Open(uplink.Config{Link: name, Workers: s.engine.Workers(), Promiscuous: !one, AllMulti: one})
+		c := uplink.Config{Link: name, Workers: s.engine.Workers(), Promiscuous: !one, AllMulti: one}
+		if u.kind.ByIP {
+			if err := l.silence(s, o, u); err != nil {
+				return err
+			}
+			c.Mark = uplink.Mark
+		}
+		u.up, err = uplink.Open(c)
 		if err != nil {
 			return err
 		}

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"net/netip"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -73,12 +73,49 @@ func (l *lan) translate(s *server, u *lanUplink) error {
 		macs = append(macs, n.mac())
 	}
 	u.nat = engine.NewMACNAT(engine.MACNATConfig{Link: u.mac, Guests: macs, Shared: u.kind.Shared}, s.engine.Workers())
-	w, err := uplink.WatchAddrs(u.link, func(addrs []netip.Addr) { u.nat.SetHost(addrs) })
+	s.log.Info("guests' hardware addresses are translated", "switch", l.name, "link", u.link, "kind", u.kind.Name, "mac", u.mac.String())
+	if u.kind.ByIP {
+		return keepGuestAddrs(s, u.link, u.nat)
+	}
+	w, err := uplink.WatchAddrs(u.link, u.nat.SetHost)
 	if err != nil {
 		return err
 	}
 	s.onStop(func() error { w.Close(); return nil })
-	s.log.Info("guests' hardware addresses are translated", "switch", l.name, "link", u.link, "kind", u.kind.Name, "mac", u.mac.String())
+	return nil
+}
+
+// keepGuestAddrs lets a link have the addresses of its guests.
+func keepGuestAddrs(s *server, link string, nat *engine.MACNAT) error {
+	g, err := uplink.KeepGuestAddrs(link, nat.Learned(), nat.Addresses, func(err error) {
+		s.log.Warn("what is for this address does not reach the guest", "link", link, "err", err)
+	})
+	if err != nil {
+		return err
+	}
+	s.onStop(func() error { g.Close(); return nil })
+	return nil
+}
+
+// silence keeps the kernel from speaking on a link that must have the guests'
+// addresses. The link is the guests' from then on.
+func (l *lan) silence(s *server, o *options, u *lanUplink) error {
+	if err := uplink.DropGuestAddrs(u.link); err != nil {
+		return err
+	}
+	v, err := uplink.ViewLink(o.linkState(), u.link)
+	if err != nil {
+		return err
+	}
+	if a := v.Address(); a.IsValid() {
+		return fmt.Errorf("%w: %s is an %s with the address %s; its kernel delivers by IP address, so that it cannot be the host's and guests' at once: take the address away, or name another link with --uplink",
+			uplink.ErrLinkKind, u.link, u.kind.Name, a)
+	}
+	d, err := uplink.Delegate(uplink.DelegateConfig{Link: u.link, StateDir: o.linkState(), Owner: "switch " + l.name, KeepMAC: true, KeepAddrs: true})
+	if err != nil {
+		return err
+	}
+	s.onStop(d.Restore)
 	return nil
 }
 

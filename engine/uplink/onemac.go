@@ -38,6 +38,11 @@ func KindOf(name string) (LinkKind, error) {
 	if err != nil {
 		return LinkKind{}, err
 	}
+	return kindOf(found)
+}
+
+func kindOf(found netlink.Link) (LinkKind, error) {
+	name := found.Attrs().Name
 	switch l := found.(type) {
 	case *netlink.Macvlan:
 		return macvlanKind("macvlan", name, l.Mode)
