@@ -49,6 +49,7 @@ func TestWorkersStopFirst(t *testing.T) {
 		flags []string
 	}{
 		"pod":    {spec("vm", 2), nil},
+		"bridge": {onPod("vm", 2, ""), nil},
 		"switch": {onLAN("vm", "blue", 2) + definition("blue", `{"type": "bridge"}`), []string{"--uplink", "blue=eth0"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -311,7 +311,7 @@ func setMAC(l netlink.Link, mac frame.MAC) error {
 func (f stateFile) putBack(s *Saved) error {
 	l, err := netlink.LinkByIndex(s.Index)
 	switch {
-	case errors.As(err, new(netlink.LinkNotFoundError)):
+	case errors.As(err, new(netlink.LinkNotFoundError)), err == nil && !s.is(l):
 		return errors.Join(endSilence(s.Link), f.remove())
 	case err != nil:
 		return fmt.Errorf("put back %s: %w", s.Link, privilege(err, "CAP_NET_ADMIN"))
@@ -321,6 +321,12 @@ func (f stateFile) putBack(s *Saved) error {
 	}
 	afterStep("put back")
 	return f.remove()
+}
+
+// is says whether a link of the same number is the one that was written down.
+func (s *Saved) is(l netlink.Link) bool {
+	m := macOf(l)
+	return l.Attrs().Name == s.Link || m == s.MAC || m == s.StandIn && m != (frame.MAC{})
 }
 
 func (s *Saved) putBack(l netlink.Link) error {

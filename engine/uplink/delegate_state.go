@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -151,6 +152,9 @@ func (f stateFile) load() (*Saved, error) {
 	if err := json.Unmarshal(b, s); err != nil {
 		return nil, fmt.Errorf("state file %s cannot be read (%w): put the link back by hand and remove the file", f.path, err)
 	}
+	if !s.whole() {
+		return nil, fmt.Errorf("state file %s is damaged: put the link back by hand and remove the file", f.path)
+	}
 	switch {
 	case s.Boot != f.boot || s.NetNS != f.netns:
 		return nil, f.remove()
@@ -158,6 +162,22 @@ func (f stateFile) load() (*Saved, error) {
 		return nil, fmt.Errorf("state file %s is of version %d, not %d: put the link back with the sidewire that wrote it", f.path, s.Version, savedVersion)
 	}
 	return s, nil
+}
+
+// whole says whether the kernel's messages are at least as long as their heads.
+func (s *Saved) whole() bool {
+	k := &s.Kernel
+	for _, list := range []struct {
+		ms   [][]byte
+		head int
+	}{
+		{k.Addrs, sizeofAddr}, {k.Addrs6, sizeofAddr}, {k.Routes, sizeofRoute}, {k.Routes6, sizeofRoute}, {k.Neighbours, sizeofNeigh},
+	} {
+		if slices.ContainsFunc(list.ms, func(m []byte) bool { return len(m) < list.head }) {
+			return false
+		}
+	}
+	return len(k.Addrs) == len(s.Addrs) && len(k.Addrs6) == len(s.Addrs6)
 }
 
 // store writes it down so that it is there after a crash of the machine too.

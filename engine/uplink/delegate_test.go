@@ -1,6 +1,7 @@
 package uplink
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -332,6 +333,11 @@ func TestDelegateRow43StaleFiles(t *testing.T) {
 	require.NoError(t, os.WriteFile(files[0], []byte("{"), 0o600))
 	_, err = restore(ns)
 	require.ErrorContains(t, err, "cannot be read")
+	require.NoError(t, os.WriteFile(files[0], bytes.Replace(b, []byte(`"routes": [
+   "`), []byte(`"routes": [
+   "AAAA", "`), 1), 0o600))
+	_, err = restore(ns)
+	require.ErrorContains(t, err, "is damaged")
 	require.NoError(t, os.WriteFile(files[0], b, 0o600))
 
 	// The link goes, another one of its name comes.
