@@ -75,7 +75,7 @@ func (p *pod) add(n *podNIC) error {
 func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func() error) error {
 	err := uplink.InNetNS(p.netns, func() error { return p.openHost(s) })
 	if err != nil {
-		return hostError(err)
+		return hostRefusal{hostError(err), err}
 	}
 	for _, w := range p.host.Warnings {
 		s.log.Warn(w, "interface", p.name())

@@ -15,7 +15,6 @@ import (
 
 	"sidewire/engine"
 	"sidewire/engine/vmi"
-	"sidewire/nat/usernet"
 )
 
 // memorySoftLimit keeps the collector from letting garbage pile up: what the
@@ -129,10 +128,8 @@ func start(ctx context.Context, o *options, vms []vmi.VM, book *leaseBook, log *
 	var once sync.Once
 	stopEngine := func() error { once.Do(s.engine.Close); return nil }
 	s.onStop(stopEngine)
-	for _, p := range p.pods {
-		if err := p.open(ctx, s, o, stopEngine); err != nil {
-			return s, fmt.Errorf("%s: %w", p.name(), err)
-		}
+	if err := s.openPods(ctx, o, p, stopEngine); err != nil {
+		return s, err
 	}
 	for _, n := range p.users {
 		if err := n.open(ctx, s, o, stopEngine); err != nil {
@@ -170,13 +167,7 @@ func start(ctx context.Context, o *options, vms []vmi.VM, book *leaseBook, log *
 // choosePath notes and says which way the guests take out of masquerade, and
 // shares the descriptors out.
 func (s *server) choosePath(o *options, p *plan) {
-	pairs := 0
-	for _, n := range p.all {
-		pairs += n.base().iface.QueuePairs
-	}
-	if len(p.users) > 0 {
-		s.socketShare = max((usernet.MaxDescriptors()-descriptorsForOthers-descriptorsPerPair*pairs)/len(p.users), 1)
-	}
+	s.shareSockets(p)
 	switch {
 	case len(p.pods) > 0:
 		s.path = "packet"
@@ -203,17 +194,7 @@ func (s *server) onStop(f func() error) {
 }
 
 // stop takes everything down.
-func (s *server) stop() error {
-	s.mu.Lock()
-	closers := s.closers
-	s.closers = nil
-	s.mu.Unlock()
-	var errs []error
-	for i := len(closers) - 1; i >= 0; i-- {
-		errs = append(errs, closers[i]())
-	}
-	return errors.Join(errs...)
-}
+func (s *server) stop() error { return s.undo(0) }
 
 // nextWorker shares the queue pairs out.
 func (s *server) nextWorker() int {

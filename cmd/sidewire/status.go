@@ -40,6 +40,7 @@ type InterfaceStatus struct {
 	Name       string              `json:"name"` // VMI/INTERFACE
 	Binding    string              `json:"binding"`
 	Path       string              `json:"path,omitempty"`
+	Why        string              `json:"why,omitempty"`    // it is not the packet path
 	Switch     *PortStatus         `json:"switch,omitempty"` // of a Multus network
 	Link       string              `json:"link,omitempty"`   // of the pod network
 	Links      []uplink.LinkStatus `json:"links"`            // that one and those that sidewire made, or the switch's uplinks
@@ -214,7 +215,7 @@ func printStatus(out io.Writer, st Status) error {
 			printTaken(w, i)
 			continue
 		}
-		fmt.Fprintf(w, "  path\t%s\n", i.Path)
+		fmt.Fprintf(w, "  path\t%s%s\n", i.Path, inBrackets(i.Why))
 		if i.Pod.IsValid() {
 			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
 		} else {
@@ -274,6 +275,14 @@ func pairMemory(d vhostuser.Status) (n int) {
 		n = max(n, p.MemoryBytes)
 	}
 	return n
+}
+
+// inBrackets is a remark behind something, if there is one.
+func inBrackets(s string) string {
+	if s == "" {
+		return ""
+	}
+	return " (" + s + ")"
 }
 
 func orElse(s, other string) string {

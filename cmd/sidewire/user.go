@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -32,6 +31,7 @@ type userNIC struct {
 	mtu    int
 	ports  []usernet.Forward // that the VMI and the flags ask for
 	ranges []uplink.Port     // that the VMI asks for
+	why    string            // it is not the packet path, where that was not asked for
 
 	net      *usernet.Net
 	redirect *uplink.Redirect // of all ports or of ranges; nil where only those that have sockets lead to the guest
@@ -50,8 +50,15 @@ func (hostSide) Push(_ int, fs []*frame.Frame) {
 	}
 }
 
+func newUserNIC(o *options, n nic) *userNIC {
+	return &userNIC{nic: n, netns: netnsOf(o, n.vm), link: o.uplinkOf(n.iface.Name)}
+}
+
 func (p *plan) addUser(o *options, n nic) {
-	g := &userNIC{nic: n, netns: netnsOf(o, n.vm), link: o.uplinkOf(n.iface.Name)}
+	g := newUserNIC(o, n)
+	if !g.slirp() {
+		_, g.why = masqueradePath(o)
+	}
 	p.all = append(p.all, g)
 	p.users = append(p.users, g)
 }
@@ -124,6 +131,9 @@ var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 // inspect looks at the pod network's link, which need not be there.
 func (n *userNIC) inspect(o *options) {
+	if hasCapability(unix.CAP_NET_ADMIN) {
+		_ = uplink.Cleanup(n.link) // of a packet path that has crashed; one that is alive stays
+	}
 	n.mtu = userMTU(o, "", n.link, n.slirp())
 	l, err := netlink.LinkByName(n.link)
 	if err != nil {
@@ -236,7 +246,7 @@ func (n *userNIC) status(*server) InterfaceStatus {
 		st.MAC = m.String()
 	}
 	st.DNS, st.Sockets, st.Forwards = n.dns.status(), &net, n.forwards()
-	st.Everything = n.redirect != nil && len(n.ranges) == 0
+	st.Why, st.Everything = n.why, n.redirect != nil && len(n.ranges) == 0
 	for _, r := range n.net.Policy().Rules {
 		st.Policy = append(st.Policy, r.String())
 	}
@@ -287,35 +297,4 @@ func (r forwardRequest) user(proto uint8) usernet.Forward {
 		f.Guest = f.Port
 	}
 	return f
-}
-
-// masqueradePath is the way out of masquerade: what the flag says, else packet
-// where we may and socket where we may not. why says what is missing for packet.
-func masqueradePath(o *options) (path, why string) {
-	if o.path != "auto" {
-		return o.path, ""
-	}
-	var missing []string
-	for _, c := range []struct {
-		bit  uint
-		name string
-	}{{unix.CAP_NET_ADMIN, "CAP_NET_ADMIN"}, {unix.CAP_NET_RAW, "CAP_NET_RAW"}} {
-		if !hasCapability(c.bit) {
-			missing = append(missing, c.name)
-		}
-	}
-	if len(missing) == 0 {
-		return "packet", ""
-	}
-	return "socket", strings.Join(missing, " and ") + " missing"
-}
-
-// hasCapability says whether this process has a capability (capabilities(7)).
-func hasCapability(c uint) bool {
-	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	var data [2]unix.CapUserData
-	if unix.Capget(&head, &data[0]) != nil {
-		return false
-	}
-	return data[c/32].Effective&(1<<(c%32)) != 0
 }
