@@ -12,7 +12,8 @@ type Cluster struct {
 	DefaultInterface string   // defaultNetworkInterface: bridge, masquerade or slirp
 	PermitBridge     *bool    // permitBridgeInterfaceOnPodNetwork
 	PermitSlirp      *bool    // permitSlirpInterface
-	FeatureGates     []string // developerConfiguration.featureGates; nil leaves every gate open
+	FeatureGates     []string // developerConfiguration.featureGates; nil is not said, which is not the same as none
+	DisabledGates    []string // developerConfiguration.disabledFeatureGates
 }
 
 // Feature gates that concern interfaces, by KubeVirt's names. They are case sensitive.
@@ -21,11 +22,27 @@ const (
 	GatePasst      = "Passt"
 	GatePasstCore  = "PasstBinding"
 	GatePortRanges = "PortRangesSpec"
+	GateDRA        = "NetworkDevicesWithDRA"
+	GateSEV        = "WorkloadEncryptionSEV"
+	GateTDX        = "WorkloadEncryptionTDX"
 )
 
-// Gate says whether a feature gate is open. Where nothing lists gates they all are: a VMI is served as it stands.
+// openGates are open unless they are disabled: KubeVirt's in beta. Macvtap is one of them only where nothing lists
+// gates, see [Cluster.Gate].
+var openGates = []string{GatePasstCore, GateSEV}
+
+// Gate says whether a feature gate is open, as KubeVirt decides it. Where nothing lists gates, that of macvtap is open
+// too: the binding is served here whatever became of it in KubeVirt.
 func (c *Cluster) Gate(name string) bool {
-	return c.FeatureGates == nil || slices.Contains(c.FeatureGates, name)
+	switch {
+	case slices.Contains(c.FeatureGates, name):
+		return true
+	case slices.Contains(c.DisabledGates, name):
+		return false
+	case name == GateMacvtap:
+		return c.FeatureGates == nil
+	}
+	return slices.Contains(openGates, name)
 }
 
 // SetCluster merges settings given beside the documents: what they say beats what a KubeVirt CR says.
@@ -46,6 +63,9 @@ func (c *Cluster) merge(over Cluster) {
 	if over.FeatureGates != nil {
 		c.FeatureGates = over.FeatureGates
 	}
+	if over.DisabledGates != nil {
+		c.DisabledGates = over.DisabledGates
+	}
 }
 
 // cluster reads a KubeVirt CR, whose kind the guide spells Kubevirt too.
@@ -57,17 +77,21 @@ func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
 	at := func(next fields) func(*yaml.Node, string) {
 		return func(n *yaml.Node, p string) { d.object(n, p, false, next) }
 	}
+	gates := func(dst *[]string) func(*yaml.Node, string) {
+		return func(n *yaml.Node, p string) {
+			*dst = []string{}
+			d.list(n, p, maxList, func(n *yaml.Node, p string) { *dst = append(*dst, d.text(n, p)) })
+		}
+	}
 	d.object(root, "", false, fields{"spec": at(fields{"configuration": at(fields{
 		"network": at(fields{
 			"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },
 			"permitBridgeInterfaceOnPodNetwork": ptr(&c.PermitBridge),
 			"permitSlirpInterface":              ptr(&c.PermitSlirp),
 		}),
-		"developerConfiguration": at(fields{"featureGates": func(n *yaml.Node, p string) {
-			c.FeatureGates = []string{}
-			d.list(n, p, maxList, func(n *yaml.Node, p string) {
-				c.FeatureGates = append(c.FeatureGates, d.text(n, p))
-			})
-		}}),
+		"developerConfiguration": at(fields{
+			"featureGates":         gates(&c.FeatureGates),
+			"disabledFeatureGates": gates(&c.DisabledGates),
+		}),
 	})})})
 }

@@ -36,7 +36,7 @@ func (d *decoder) fault(n *yaml.Node, path, format string, args ...any) {
 	if len(d.faults) >= maxFaults {
 		return
 	}
-	f := Fault{Field: oneLine(path), Message: oneLine(fmt.Sprintf(format, args...)), Severity: Error, File: d.file}
+	f := Fault{Field: oneLine(path), Message: oneLine(fmt.Sprintf(format, args...)), Reason: Invalid, Severity: Error, File: d.file}
 	if n != nil {
 		f.Line = n.Line
 	}

@@ -97,6 +97,7 @@ type PrivateOption struct {
 
 // Plan resolves every VMI. The docs must have passed [Validate]; values that do not parse come out as defaults.
 func Plan(docs Docs) []VM {
+	docs, _ = docs.withDefaults()
 	vms := make([]VM, 0, len(docs.VMIs))
 	leases, _ := docs.leases()
 	for i := range docs.VMIs {
@@ -198,6 +199,9 @@ func (v *VMI) planInterface(f *InterfaceSpec, vcpus int) Interface {
 	for _, x := range f.Ports {
 		p.Ports = append(p.Ports, Port{Name: x.Name, Protocol: protocolOr(x.Protocol), Port: uint16(x.Port)})
 	}
+	for _, r := range f.PortRanges {
+		p.Ports = append(p.Ports, Port{Protocol: r.Protocol, Port: uint16(r.Start), Last: uint16(r.End)})
+	}
 	ordinal := 1
 	for i := range s.Networks {
 		if s.Networks[i].Name == f.Name {
@@ -259,7 +263,7 @@ func (w *Network) slirp() {
 func (d *DHCPSpec) plan() DHCPOptions {
 	o := DHCPOptions{BootFile: d.BootFile, TFTPServer: d.TFTPServer}
 	for _, s := range d.NTPServers {
-		if a, ok := parseIPv4(s); ok {
+		if a, ok := parseNTP(s); ok {
 			o.NTPServers = append(o.NTPServers, a)
 		}
 	}

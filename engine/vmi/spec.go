@@ -21,6 +21,7 @@ func (d *decoder) spec(n *yaml.Node, path string, s *Spec, more fields) {
 			})
 		},
 	}
+	maps.Copy(f, d.admitted(&s.admitted))
 	maps.Copy(f, more)
 	d.object(n, path, false, f)
 }
@@ -34,7 +35,8 @@ func (d *decoder) domain(n *yaml.Node, path string, s *Spec) {
 			})
 		}
 	}
-	d.object(n, path, false, fields{
+	f := d.admittedDomain(&s.admitted)
+	maps.Copy(f, fields{
 		"cpu": func(n *yaml.Node, p string) {
 			d.object(n, p, false, fields{
 				"sockets": func(n *yaml.Node, p string) { s.CPU.Sockets = d.number(n, p) },
@@ -55,9 +57,9 @@ func (d *decoder) domain(n *yaml.Node, path string, s *Spec) {
 		"resources": func(n *yaml.Node, p string) {
 			d.object(n, p, false, fields{"requests": resources(&s.Requests), "limits": resources(&s.Limits)})
 		},
-		"launchSecurity": func(*yaml.Node, string) { s.LaunchSecurity = true },
-		"devices":        func(n *yaml.Node, p string) { d.devices(n, p, s) },
+		"devices": func(n *yaml.Node, p string) { d.devices(n, p, s) },
 	})
+	d.object(n, path, false, f)
 }
 
 func (d *decoder) devices(n *yaml.Node, path string, s *Spec) {
@@ -105,10 +107,12 @@ func (d *decoder) interfaceSpec(n *yaml.Node, path string) (i InterfaceSpec) {
 			d.object(n, p, true, fields{"name": func(n *yaml.Node, p string) { i.Plugin = d.text(n, p) }})
 		},
 		"ports": func(n *yaml.Node, p string) {
+			i.hasPorts = true
 			d.list(n, p, 1<<17, func(n *yaml.Node, p string) { i.Ports = append(i.Ports, d.port(n, p)) })
 		},
 		"portRanges": func(n *yaml.Node, p string) {
-			d.list(n, p, maxList, func(n *yaml.Node, p string) { i.PortRanges++; d.portRange(n, p) })
+			i.hasRanges = true
+			d.list(n, p, maxList, func(n *yaml.Node, p string) { i.PortRanges = append(i.PortRanges, d.portRange(n, p)) })
 		},
 		"macAddress":  func(n *yaml.Node, p string) { i.MAC = d.text(n, p) },
 		"bootOrder":   func(n *yaml.Node, p string) { i.BootOrder = d.numberPtr(n, p) },
@@ -131,12 +135,13 @@ func (d *decoder) port(n *yaml.Node, path string) (s PortSpec) {
 	return s
 }
 
-func (d *decoder) portRange(n *yaml.Node, path string) {
+func (d *decoder) portRange(n *yaml.Node, path string) (s PortRangeSpec) {
 	d.object(n, path, true, fields{
-		"protocol": func(n *yaml.Node, p string) { d.text(n, p) },
-		"start":    func(n *yaml.Node, p string) { d.number(n, p) },
-		"end":      func(n *yaml.Node, p string) { d.number(n, p) },
+		"protocol": func(n *yaml.Node, p string) { s.Protocol = d.text(n, p) },
+		"start":    func(n *yaml.Node, p string) { s.Start = d.number(n, p) },
+		"end":      func(n *yaml.Node, p string) { s.End = d.number(n, p) },
 	})
+	return s
 }
 
 func (d *decoder) dhcp(n *yaml.Node, path string) (s DHCPSpec) {
@@ -178,10 +183,10 @@ func (d *decoder) network(n *yaml.Node, path string) (s NetworkSpec) {
 			})
 		},
 		"resourceClaim": func(n *yaml.Node, p string) {
-			s.Claim = true
+			s.Claim = &ClaimSpec{}
 			d.object(n, p, true, fields{
-				"claimName":   func(n *yaml.Node, p string) { d.text(n, p) },
-				"requestName": func(n *yaml.Node, p string) { d.text(n, p) },
+				"claimName":   func(n *yaml.Node, p string) { s.Claim.ClaimName = d.text(n, p) },
+				"requestName": func(n *yaml.Node, p string) { s.Claim.RequestName = d.text(n, p) },
 			})
 		},
 	})

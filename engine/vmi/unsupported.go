@@ -4,15 +4,13 @@ package vmi
 // definitions that are given. It shrinks as bindings are added; every entry is one `if`.
 func Unsupported(docs Docs) []Fault {
 	var faults []Fault
+	docs, _ = docs.withDefaults()
 	for i := range docs.VMIs {
 		v := &docs.VMIs[i]
 		say := func(field, format string, args ...any) {
 			if len(faults) < maxFaults {
 				faults = append(faults, v.fault(Error, field, "not supported yet: "+format, args...))
 			}
-		}
-		if v.attachesDefault() {
-			say(v.interfacesPath(), "a VMI without interfaces gets a bridge on the pod network; list an interface with masquerade: {} and its network with pod: {}")
 		}
 		if v.istio != "" && len(faults) < maxFaults {
 			faults = append(faults, v.fault(Warning, v.istio, "%s", v.istioMissing()))
@@ -29,7 +27,7 @@ func Unsupported(docs Docs) []Fault {
 				faults = append(faults, v.fault(Warning, v.networkPath(j)+".pod.vmIPv6NetworkCIDR",
 					"not supported yet: the guest's IPv6 is not carried, its IPv4 is"))
 			}
-			if n.Claim {
+			if n.Claim != nil {
 				say(v.networkPath(j)+".resourceClaim", "a network by resource claim; use pod: {}")
 			}
 		}
@@ -41,25 +39,16 @@ func Unsupported(docs Docs) []Fault {
 func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
-		case Masquerade, Slirp, Bridge, Macvtap:
+		case Masquerade, Slirp, Bridge, Macvtap, Passt: // the last is refused by Validate
 		case PluginBound:
 			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
 		default:
 			say(at+"."+string(b), "binding %s; use masquerade: {}", b)
 		}
 	}
-	if f.PortRanges > 0 {
-		say(at+".portRanges", "port ranges; list the ports")
+	if f.State == "down" {
+		say(at+".state", "state down; use up")
 	}
-	if f.State == "down" || f.State == "absent" {
-		say(at+".state", "state %s; use up", f.State)
-	}
-}
-
-// attachesDefault says whether KubeVirt gives this VMI an interface that its spec does not name.
-func (v *VMI) attachesDefault() bool {
-	s := &v.Spec
-	return len(s.Interfaces) == 0 && len(s.Networks) == 0 && (s.AutoattachPod == nil || *s.AutoattachPod)
 }
 
 // istioMissing says what is not done for a VMI that is to be in an Istio mesh. KubeVirt gives such a guest nothing but

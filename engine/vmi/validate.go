@@ -3,11 +3,10 @@ package vmi
 import (
 	"fmt"
 	"regexp"
-	"strings"
+	"slices"
 )
 
-// Options is what a cluster's configuration adds to a spec. The zero value is KubeVirt's default for the seed's
-// bindings, with every feature gate open.
+// Options adds to what the documents say of their cluster. The zero value adds nothing.
 type Options struct {
 	ForbidBridge bool // permitBridgeInterfaceOnPodNetwork: false
 	ForbidSlirp  bool // permitSlirpInterface: false
@@ -24,7 +23,6 @@ const (
 var (
 	interfaceName = regexp.MustCompile(`^[A-Za-z0-9-_]+$`)
 	pciAddress    = regexp.MustCompile(`^([\da-fA-F]{4}):([\da-fA-F]{2}):([\da-fA-F]{2})\.([0-7]{1})$`)
-	dnsLabel      = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
 	fileName      = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,252}$`)
 	models        = []string{"e1000", "e1000e", "igb", "ne2k_pci", "pcnet", "rtl8139", "virtio"}
 )
@@ -32,13 +30,27 @@ var (
 // checker gathers the faults of one VMI.
 type checker struct {
 	*VMI
-	opts     Options
+	cluster  Cluster
 	faults   []Fault
-	networks map[string]*NetworkSpec
+	networks map[string]*NetworkSpec // of networks with one name the last, as KubeVirt has it
+}
+
+// network is the one that an interface names; an empty one if there is none.
+func (c *checker) network(name string) *NetworkSpec {
+	if n := c.networks[name]; n != nil {
+		return n
+	}
+	return &NetworkSpec{}
 }
 
 func (c *checker) fail(field, format string, args ...any) {
 	c.faults = append(c.faults, c.fault(Error, field, format, args...))
+}
+
+// cause is fail for another reason than an invalid value.
+func (c *checker) cause(r Reason, field, format string, args ...any) {
+	c.fail(field, format, args...)
+	c.faults[len(c.faults)-1].Reason = r
 }
 
 func (c *checker) warn(field, format string, args ...any) {
@@ -50,19 +62,22 @@ func (v *VMI) interfacePath(i int) string   { return fmt.Sprintf("%s[%d]", v.int
 func (v *VMI) networkPath(i int) string     { return fmt.Sprintf("%s.networks[%d]", v.Path, i) }
 func (v *VMI) domainPath(sub string) string { return v.Path + ".domain." + sub }
 
-// Validate checks every VMI by KubeVirt's rules, in KubeVirt's order and words, then by rules of our own where KubeVirt
-// leaves a hole, then the VMIs against each other. All faults are reported, the reader's first; a sound set gives none
-// of severity Error.
+// Validate checks every VMI by the rules of KubeVirt's webhook, in its order and words, then by rules of our own where
+// KubeVirt leaves a hole, then the VMIs against each other. Of the webhook's rules it knows those about networks and the
+// fields that are read; bindings that KubeVirt no longer has keep the rules that they had. All faults are reported, the
+// reader's first; a sound set gives none of severity Error.
 func Validate(docs Docs, opts Options) []Fault {
-	if p := docs.Cluster.PermitBridge; p != nil && !*p {
-		opts.ForbidBridge = true
+	no := false
+	if opts.ForbidBridge {
+		docs.Cluster.PermitBridge = &no
 	}
-	if p := docs.Cluster.PermitSlirp; p != nil && !*p {
-		opts.ForbidSlirp = true
+	if opts.ForbidSlirp {
+		docs.Cluster.PermitSlirp = &no
 	}
-	faults := append([]Fault(nil), docs.faults...)
+	docs, faults := docs.withDefaults()
+	faults = append(append([]Fault(nil), docs.faults...), faults...)
 	for i := range docs.VMIs {
-		c := &checker{VMI: &docs.VMIs[i], opts: opts}
+		c := &checker{VMI: &docs.VMIs[i], cluster: docs.Cluster}
 		c.check()
 		faults = append(faults, c.faults...)
 		if len(faults) > maxFaults {
@@ -77,16 +92,34 @@ func Validate(docs Docs, opts Options) []Fault {
 	return faults
 }
 
-// check runs the rules in the order in which KubeVirt reports their causes.
+// check runs the rules in the order in which KubeVirt reports their causes. The webhook for VMIs asks about the network
+// first, that for VMs where its turn comes.
 func (c *checker) check() {
 	c.networks = make(map[string]*NetworkSpec, len(c.Spec.Networks))
 	for i := range c.Spec.Networks {
-		if n := &c.Spec.Networks[i]; c.networks[n.Name] == nil {
-			c.networks[n.Name] = n
-		}
+		c.networks[c.Spec.Networks[i].Name] = &c.Spec.Networks[i]
 	}
-	c.identity()
+	if c.Path == "spec" {
+		c.networkRules()
+		c.hostNames()
+	} else {
+		c.hostNames()
+		c.networkRules()
+	}
+	c.claims()
+	c.bootOrders()
+	c.probes()
+	c.diskBootOrders()
+	c.resolvers()
+	c.launchSecurity()
+
+	c.ownRules()
+}
+
+// networkRules is V1 to V42, V47 and V48.
+func (c *checker) networkRules() {
 	c.listSizes()
+	c.discontinued()
 	c.podNetworks()
 	c.networkTypes()
 	c.multusNames()
@@ -94,41 +127,32 @@ func (c *checker) check() {
 	for i := range c.Spec.Interfaces {
 		c.binding(i)
 	}
+	c.networkNames()
+	c.resourceClaims()
 	c.pairing()
 	for i := range c.Spec.Interfaces {
 		c.interfaceFields(i)
 	}
-	c.bootOrders()
+}
+
+// ownRules find what KubeVirt finds out when the machine starts, or never.
+func (c *checker) ownRules() {
+	c.identity()
+	for i := range c.Spec.Interfaces {
+		c.interfaceHoles(i)
+	}
 	c.podCIDRs()
 	c.uniqueness()
 	c.machine()
 }
 
-// identity: metadata.name becomes a directory, hostname a DHCP option.
+// identity: metadata.name becomes a directory.
 func (c *checker) identity() {
-	if c.named && !subdomainName(c.Name) {
+	if c.named && subdomainFaults(c.Name) != nil {
 		c.fail("metadata.name", "%q is not a Kubernetes name: lower-case letters, digits, '-' and '.' only, at most 253", c.Name)
 	} else if !fileName.MatchString(c.Name) {
 		c.fail("metadata.name", "there is none, and the file's name %q cannot stand for it: add metadata.name", c.Name)
 	}
-	if h := c.Spec.Hostname; h != "" && !dnsLabel.MatchString(h) {
-		c.fail(c.Path+".hostname", "%s does not conform to the kubernetes DNS_LABEL rules : lower-case letters, digits and '-' only, at most 63", c.Path+".hostname")
-	}
-	if s := c.Spec.Subdomain; s != "" && !subdomainName(s) {
-		c.fail(c.Path+".subdomain", "%s does not conform to the kubernetes DNS_SUBDOMAIN rules : labels of lower-case letters, digits and '-', joined by '.'", c.Path+".subdomain")
-	}
-}
-
-func subdomainName(s string) bool {
-	if len(s) > 253 {
-		return false
-	}
-	for _, l := range strings.Split(s, ".") {
-		if !dnsLabel.MatchString(l) {
-			return false
-		}
-	}
-	return true
 }
 
 // listSizes is V48.
@@ -138,6 +162,15 @@ func (c *checker) listSizes() {
 	}
 	if c.Spec.networksExceed {
 		c.fail(c.Path+".networks", "%s.networks list exceeds the %d element limit in length", c.Path, maxList)
+	}
+}
+
+// discontinued is V17. The other bindings that KubeVirt no longer has (V15, V16) are served here.
+func (c *checker) discontinued() {
+	for i := range c.Spec.Interfaces {
+		if c.Spec.Interfaces[i].has(Passt) {
+			c.fail(c.interfacePath(i)+".passt", "Passt network binding has been discontinued since v1.3")
+		}
 	}
 }
 
@@ -153,7 +186,7 @@ func (c *checker) podNetworks() {
 		}
 	}
 	if pods > 1 {
-		c.fail(c.Path+".interfaces", "more than one interface is connected to a pod network in %s.interfaces", c.Path)
+		c.cause(Duplicate, c.Path+".interfaces", "more than one interface is connected to a pod network in %s.interfaces", c.Path)
 	}
 	if defaults > 1 {
 		c.fail(c.Path+".networks", "Multus CNI should only have one default network")
@@ -167,16 +200,16 @@ func (c *checker) podNetworks() {
 func (c *checker) networkTypes() {
 	for i, n := range c.Spec.Networks {
 		kinds := 0
-		for _, has := range []bool{n.Pod != nil, n.Multus != nil, n.Claim} {
+		for _, has := range []bool{n.Pod != nil, n.Multus != nil, n.Claim != nil} {
 			if has {
 				kinds++
 			}
 		}
 		switch {
 		case kinds == 0:
-			c.fail(c.networkPath(i), "should have a network type")
+			c.cause(Required, c.networkPath(i), "should have a network type")
 		case kinds > 1:
-			c.fail(c.networkPath(i), "should have only one network type")
+			c.cause(Required, c.networkPath(i), "should have only one network type")
 		}
 	}
 }
@@ -185,7 +218,7 @@ func (c *checker) networkTypes() {
 func (c *checker) multusNames() {
 	for i, n := range c.Spec.Networks {
 		if n.Multus != nil && n.Multus.NetworkName == "" {
-			c.fail(c.networkPath(i), "CNI delegating plugin must have a networkName")
+			c.cause(Required, c.networkPath(i), "CNI delegating plugin must have a networkName")
 			return
 		}
 	}
@@ -193,6 +226,16 @@ func (c *checker) multusNames() {
 
 // states is V39 to V42.
 func (c *checker) states() {
+	first := "" // the name of the default network
+	for _, n := range c.Spec.Networks {
+		if n.Pod != nil || n.Multus != nil && n.Multus.Default {
+			first = n.Name
+			break
+		}
+	}
+	hasDefault := slices.ContainsFunc(c.Spec.Networks, func(n NetworkSpec) bool {
+		return n.Pod != nil || n.Multus != nil && n.Multus.Default
+	})
 	for i := range c.Spec.Interfaces {
 		f := &c.Spec.Interfaces[i]
 		at := c.interfacePath(i) + ".state"
@@ -200,14 +243,14 @@ func (c *checker) states() {
 		case "":
 		case "up", "down":
 			if f.has(SRIOV) {
-				c.fail(at, `"%s" interface's state "%s" is not supported for SR-IOV NICs`, f.Name, f.State)
+				c.fail(at, `%q interface's state %q is not supported for SR-IOV NICs`, f.Name, f.State)
 			}
 		case "absent":
 			if !f.has(Bridge) {
-				c.fail(at, `"%s" interface's state "absent" is supported only for bridge binding`, f.Name)
+				c.fail(at, `%q interface's state "absent" is supported only for bridge binding`, f.Name)
 			}
-			if n := c.networks[f.Name]; n != nil && (n.Pod != nil || n.Multus != nil && n.Multus.Default) {
-				c.fail(at, `"%s" interface's state "absent" is not supported on default networks`, f.Name)
+			if hasDefault && first == f.Name {
+				c.fail(at, `%q interface's state "absent" is not supported on default networks`, f.Name)
 			}
 		default:
 			c.fail(at, "logical %s interface state value is unsupported: %s", f.Name, f.State)
@@ -215,70 +258,141 @@ func (c *checker) states() {
 	}
 }
 
-// binding is V11, the seed's rules for the bindings that KubeVirt no longer has, and V12 to V14. An interface without
-// a network is V1's business and passes here.
+// binding is V11, the older rules for slirp and macvtap, V12 to V14, V18 and V19. The older rules were one chain, of
+// which the first that applies was reported. They leave an interface without a network to V1.
 func (c *checker) binding(i int) {
 	f := &c.Spec.Interfaces[i]
 	at := c.interfacePath(i)
-	if len(f.Bindings) != 1 && !(len(f.Bindings) == 0 && f.misspelt) {
+	count := len(f.Bindings)
+	if f.has(Passt) {
+		count--
+	}
+	if count != 1 && !(len(f.Bindings) == 0 && f.misspelt) {
 		c.fail(at, "logical %s interface must have exactly one binding method or binding plugin", f.Name)
 	}
-	n := c.networks[f.Name]
-	pod, multus := n != nil && n.Pod != nil, n != nil && n.Multus != nil
+	n, known := c.network(f.Name), c.networks[f.Name] != nil
+	pod := n.Pod != nil
+	older := false
+	say := func(text string) { older = true; c.fail(at+".name", "%s", text) }
 	switch {
-	case f.has(Slirp) && n != nil && !pod:
-		c.fail(at+".name", "Slirp interface only implemented with pod network")
-	case f.has(Slirp) && pod && c.opts.ForbidSlirp:
-		c.fail(at+".name", "Slirp interface is not enabled in kubevirt-config")
+	case !f.has(Slirp) || !known:
+	case !pod:
+		say("Slirp interface only implemented with pod network")
+	case c.cluster.PermitSlirp != nil && !*c.cluster.PermitSlirp:
+		say("Slirp interface is not enabled in kubevirt-config")
 	}
-	if f.has(Masquerade) && n != nil && !pod {
-		c.fail(at+".name", "Masquerade interface only implemented with pod network")
+	before := len(c.faults)
+	c.todaysBinding(f, at, pod)
+	switch older = older || len(c.faults) > before; {
+	case older || !f.has(Macvtap) || !known:
+	case !c.cluster.Gate(GateMacvtap):
+		say("Macvtap feature gate is not enabled")
+	case n.Multus == nil:
+		say("Macvtap interface only implemented with Multus network")
 	}
-	if m := parseMAC(f.MAC); f.has(Masquerade) && m != nil && m.String() == gatewayMAC {
-		c.fail(at+".macAddress", "The requested MAC address is reserved for the in-pod bridge. Please choose another one.")
+	if f.has(PasstCore) && !c.cluster.Gate(GatePasstCore) {
+		c.fail(at+".name", "PasstBinding feature gate is not enabled")
 	}
-	if f.has(Bridge) && pod && c.opts.ForbidBridge {
-		c.fail(at+".name", "Bridge on pod network configuration is not enabled under kubevirt-config")
-	}
-	if f.has(Macvtap) && n != nil && !multus {
-		c.fail(at+".name", "Macvtap interface only implemented with Multus network")
-	}
-	switch {
-	case f.has(Passt) && n != nil && !pod:
-		c.fail(at+".name", "Passt interface only implemented with pod network")
-	case f.has(Passt) && len(c.Spec.Interfaces) > 1:
-		c.fail(at+".name", "Passt interface is only supported as the single interface of the VMI")
-	}
-	if f.has(PasstCore) && n != nil && !pod {
+	if f.has(PasstCore) && !pod {
 		c.fail(at+".name", "PasstBinding interface only implemented with pod network")
-	}
-	if f.has(SRIOV) && pod {
-		c.fail(at+".name", "SR-IOV interface cannot be connected to the pod network; refer to a multus network")
 	}
 }
 
-// pairing is V3, V2, V4 and V1, in KubeVirt's order.
-func (c *checker) pairing() {
+// todaysBinding is V12 to V14.
+func (c *checker) todaysBinding(f *InterfaceSpec, at string, pod bool) {
+	if f.has(Masquerade) && !pod {
+		c.fail(at+".name", "Masquerade interface only implemented with pod network")
+	}
+	if f.has(Masquerade) && f.MAC == gatewayMAC {
+		c.fail(at+".macAddress", reservedMAC)
+	}
+	if permit := c.cluster.PermitBridge; f.has(Bridge) && pod && permit != nil && !*permit {
+		c.fail(at+".name", "Bridge on pod network configuration is not enabled under kubevirt-config")
+	}
+}
+
+const reservedMAC = "The requested MAC address is reserved for the in-pod bridge. Please choose another one."
+
+// networkNames is V3.
+func (c *checker) networkNames() {
 	names := map[string]bool{}
 	for i, n := range c.Spec.Networks {
 		if names[n.Name] {
-			c.fail(c.networkPath(i)+".name", `Network with name "%s" already exists, every network must have a unique name`, n.Name)
+			c.cause(Duplicate, c.networkPath(i)+".name", "Network with name %q already exists, every network must have a unique name", n.Name)
 		}
 		names[n.Name] = true
 	}
+}
+
+// resourceClaims is V47.
+func (c *checker) resourceClaims() {
+	at := c.Path + ".networks"
+	isClaim := func(n NetworkSpec) bool { return n.Claim != nil }
+	switch {
+	case !slices.ContainsFunc(c.Spec.Networks, isClaim):
+		return
+	case !c.cluster.Gate(GateDRA):
+		c.fail(at, "vmi.spec.networks contains DRA networks but NetworkDevicesWithDRA feature gate is not enabled")
+		return
+	case slices.ContainsFunc(c.Spec.Networks, func(n NetworkSpec) bool { return n.Multus != nil }):
+		c.fail(at, "mixing Multus and DRA resourceClaim networks in the same VMI is not supported")
+		return
+	}
+	pairs := map[string]bool{}
+	for i, n := range c.Spec.Networks {
+		if n.Claim == nil {
+			continue
+		}
+		c.claimBinding(n.Name)
+		at := c.networkPath(i)
+		claim, request := n.Claim.ClaimName, n.Claim.RequestName
+		if claim == "" {
+			c.cause(Required, at+".resourceClaim.claimName", "claimName is required for DRA network")
+		}
+		if request == "" {
+			c.cause(Required, at+".resourceClaim.requestName", "requestName is required for DRA network")
+		}
+		if claim == "" || request == "" {
+			continue
+		}
+		if !slices.ContainsFunc(c.Spec.claims, func(s claimSource) bool { return s.name == claim }) {
+			c.cause(NotFound, at+".resourceClaim.claimName", "network references resourceClaim %q which is not defined in spec.resourceClaims", claim)
+		}
+		if pair := claim + "/" + request; pairs[pair] {
+			c.cause(Duplicate, at, "duplicate claimName/requestName combination %q", pair)
+		} else {
+			pairs[pair] = true
+		}
+	}
+}
+
+// claimBinding: what a claim yields is a device, which few bindings can take.
+func (c *checker) claimBinding(network string) {
+	for i := range c.Spec.Interfaces {
+		if f := &c.Spec.Interfaces[i]; f.Name == network {
+			if !f.has(SRIOV) && !f.has(PluginBound) {
+				c.fail(c.interfacesPath(), "DRA network %q requires an SR-IOV or binding plugin interface", network)
+			}
+			return
+		}
+	}
+}
+
+// pairing is V2, V4 and V1, in KubeVirt's order.
+func (c *checker) pairing() {
 	interfaces := map[string]bool{}
 	for _, f := range c.Spec.Interfaces {
 		interfaces[f.Name] = true
 	}
 	for i, n := range c.Spec.Networks {
 		if at := c.networkPath(i) + ".name"; !interfaces[n.Name] {
-			c.fail(at, "%s '%s' not found.", at, n.Name)
+			c.cause(Required, at, "%s '%s' not found.", at, n.Name)
 		}
 	}
 	clear(interfaces)
 	for i, f := range c.Spec.Interfaces {
 		if interfaces[f.Name] {
-			c.fail(c.interfacePath(i)+".name", "Only one interface can be connected to one specific network")
+			c.cause(Duplicate, c.interfacePath(i)+".name", "Only one interface can be connected to one specific network")
 		}
 		interfaces[f.Name] = true
 	}
@@ -289,25 +403,37 @@ func (c *checker) pairing() {
 	}
 }
 
-// bootOrders is V43 and V44 (and V45); interfaces share the numbers with disks, which come first.
+// diskBootOrders is V43 for disks, which is asked later than for interfaces.
+func (c *checker) diskBootOrders() {
+	for i, order := range c.Spec.DiskBootOrders {
+		if at := c.domainPath(fmt.Sprintf("devices.disks[%d]", i)); order != nil && *order < 1 {
+			c.fail(at+".bootOrder", "%s must have a boot order > 0, if supplied", at)
+		}
+	}
+}
+
+// bootOrders is V43 and V44; interfaces share the numbers with disks, which come first.
 func (c *checker) bootOrders() {
 	used := map[int64]bool{}
-	one := func(i int, order *int64, at string) {
-		switch {
+	once := func(order int64, at string) {
+		if used[order] {
+			c.fail(at, "Boot order for %s already set for a different device.", at)
+		}
+		used[order] = true
+	}
+	for i, order := range c.Spec.DiskBootOrders {
+		if order != nil {
+			once(*order, c.domainPath(fmt.Sprintf("devices.disks[%d].bootOrder", i)))
+		}
+	}
+	for i, f := range c.Spec.Interfaces {
+		switch order := f.BootOrder; {
 		case order == nil:
 		case *order < 1:
 			c.fail(fmt.Sprintf("%s[%d].bootOrder", c.Path, i), "%s[%d] must have a boot order > 0, if supplied", c.Path, i)
-		case used[*order]:
-			c.fail(at, "Boot order for %s already set for a different device.", at)
 		default:
-			used[*order] = true
+			once(*order, c.interfacePath(i)+".bootOrder")
 		}
-	}
-	for i, order := range c.Spec.DiskBootOrders {
-		one(i, order, c.domainPath(fmt.Sprintf("devices.disks[%d].bootOrder", i)))
-	}
-	for i, f := range c.Spec.Interfaces {
-		one(i, f.BootOrder, c.interfacePath(i)+".bootOrder")
 	}
 }
 
@@ -329,7 +455,12 @@ func (c *checker) podCIDRs() {
 // uniqueness: what two interfaces of one machine cannot share.
 func (c *checker) uniqueness() {
 	macs, indexes, addresses := map[string]string{}, map[int64]string{}, map[PCIAddress]string{}
+	names := map[string]bool{}
 	for i, f := range c.Spec.Interfaces {
+		if names[f.Name] {
+			continue // V4 has said so: one of the two has to go
+		}
+		names[f.Name] = true
 		at := c.interfacePath(i)
 		if m := parseMAC(f.MAC); m != nil {
 			if other, ok := macs[m.String()]; ok {

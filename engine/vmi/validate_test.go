@@ -76,12 +76,15 @@ func TestValidate(t *testing.T) {
 	}{
 		{"sound", spec("", ""), Options{}, nil},
 		{"V1", vmi("interfaces:\n"+item(masqA), "networks: []"), Options{}, []string{
+			i0 + ".name: Masquerade interface only implemented with pod network",
 			i0 + ".name: " + i0 + ".name 'a' not found."}},
 		{"V1 template", strings.ReplaceAll("kind: VirtualMachine\nmetadata: {name: v}\nspec: {running: true, template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}}}}", "\t", ""), Options{}, []string{
+			"spec.template.spec.domain.devices.interfaces[0].name: Masquerade interface only implemented with pod network",
 			"spec.template.spec.domain.devices.interfaces[0].name: spec.template.spec.domain.devices.interfaces[0].name 'a' not found."}},
 		{"V2", vmi("interfaces:\n"+item(masqA), "networks:\n"+item(mulB)+item(podA)), Options{}, []string{
 			"spec.networks[0].name: spec.networks[0].name 'b' not found."}},
 		{"V3", two(masqA, briB, podA, "name: a\nmultus: {networkName: n}"), Options{}, []string{
+			i0 + ".name: Masquerade interface only implemented with pod network",
 			`spec.networks[1].name: Network with name "a" already exists, every network must have a unique name`,
 			i1 + ".name: " + i1 + ".name 'b' not found."}},
 		{"V4", vmi("interfaces:\n"+item(masqA)+item(masqA), "networks:\n"+item(podA)), Options{}, []string{
@@ -167,10 +170,9 @@ func TestValidate(t *testing.T) {
 			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
 		{"seed macvtap 7", spec("name: a\nmacvtap: {}", ""), Options{}, []string{
 			i0 + ".name: Macvtap interface only implemented with Multus network"}},
-		{"seed passt 9", spec("name: a\npasst: {}", mulA), Options{}, []string{
-			i0 + ".name: Passt interface only implemented with pod network"}},
-		{"seed passt 10", two("name: a\npasst: {}", briB, podA, mulB), Options{}, []string{
-			i0 + ".name: Passt interface is only supported as the single interface of the VMI"}},
+		{"V17", spec("name: a\npasst: {}", ""), Options{}, []string{
+			i0 + ".passt: Passt network binding has been discontinued since v1.3",
+			i0 + ": logical a interface must have exactly one binding method or binding plugin"}},
 		{"seed multiqueue", vmi("networkInterfaceMultiqueue: true\ninterfaces:\n"+item(masqA+"\nmodel: e1000"), "networks:\n"+item(podA)), Options{}, []string{
 			"warning spec.domain.devices.networkInterfaceMultiqueue: virtio-net multiqueue request, but there are no virtio interfaces defined"}},
 		{"order", two("name: a\nmasquerade: {}\nmodel: x\nstate: y", "name: c", podA, "name: b"), Options{}, []string{
@@ -222,7 +224,7 @@ func TestValidate(t *testing.T) {
 		{"own name", strings.Replace(spec("", ""), "name: v", "name: ../v", 1), Options{}, []string{
 			`metadata.name: "../v" is not a Kubernetes name: lower-case letters, digits, '-' and '.' only, at most 253`}},
 		{"own hostname", spec("", "") + "  hostname: Not_A_Host\n", Options{}, []string{
-			"spec.hostname: spec.hostname does not conform to the kubernetes DNS_LABEL rules : lower-case letters, digits and '-' only, at most 63"}},
+			"spec.hostname: spec.hostname does not conform to the kubernetes DNS_LABEL rules : "+strings.Join(labelFaults("Not_A_Host"), ", ")}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			docs, err := Parse("v.yaml", []byte(c.yaml))
@@ -381,13 +383,12 @@ func TestAcross(t *testing.T) {
 }
 
 func TestUnsupported(t *testing.T) {
-	docs, err := Parse("v.yaml", []byte(two("name: a\npasstBinding: {}\nstate: down", "name: b\nbinding: {name: p}\nportRanges: [{start: 1, end: 2, protocol: TCP}]", podA, mulB)))
+	docs, err := Parse("v.yaml", []byte(two("name: a\npasstBinding: {}\nstate: down", "name: b\nbinding: {name: p}", podA, mulB)))
 	require.NoError(t, err)
 	assert.Equal(t, []string{
 		i0 + ".passtBinding: not supported yet: binding passtBinding; use masquerade: {}",
 		i0 + ".state: not supported yet: state down; use up",
 		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
-		i1 + ".portRanges: not supported yet: port ranges; list the ports",
 	}, lines(Unsupported(docs)))
 
 	docs, err = Parse("v.yaml", []byte(two("name: a\nmasquerade: {}", "name: b\nmasquerade: {}", "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}", podA)))

@@ -94,6 +94,15 @@ func parseIPv4(s string) (netip.Addr, bool) {
 	return netip.AddrFrom4(a), true
 }
 
+// parseNTP reads an address of an NTP server: IPv4, if need be as IPv6 writes it.
+func parseNTP(s string) (netip.Addr, bool) {
+	if a, ok := parseIPv4(s); ok {
+		return a, true
+	}
+	a, err := netip.ParseAddr(s)
+	return a.Unmap(), err == nil && a.Is4In6() && a.Zone() == ""
+}
+
 // parseCIDR4 reads a vmNetworkCIDR and masks its host bits off. The error says how to mend it.
 func parseCIDR4(s string) (netip.Prefix, error) {
 	if s == "" {

@@ -37,12 +37,26 @@ const (
 	Warning Severity = "warning" // served, but not quite as the spec reads
 )
 
+// Reason is the type of cause that KubeVirt's webhook gives a fault (metav1.CauseType).
+type Reason string
+
+// Reasons of a fault.
+const (
+	Invalid      Reason = "FieldValueInvalid"
+	Required     Reason = "FieldValueRequired"
+	Duplicate    Reason = "FieldValueDuplicate"
+	NotFound     Reason = "FieldValueNotFound"
+	NotSupported Reason = "FieldValueNotSupported"
+	Forbidden    Reason = "FieldValueForbidden"
+)
+
 // Fault is one thing wrong with a spec. Field is KubeVirt's path of it, Message is one line.
 // File and Line say where it was read; Line is 0 where that is unknown.
 type Fault struct {
 	VMI      string   `json:"vmi,omitempty"`
 	Field    string   `json:"field"`
 	Message  string   `json:"message"`
+	Reason   Reason   `json:"reason"`
 	Severity Severity `json:"severity"`
 	File     string   `json:"file,omitempty"`
 	Line     int      `json:"line,omitempty"`
@@ -120,12 +134,13 @@ type Spec struct {
 	Multiqueue       bool  // networkInterfaceMultiqueue
 	AutoattachPod    *bool // autoattachPodInterface; nil means true
 	Transitional     bool  // useVirtioTransitional
-	LaunchSecurity   bool  // a confidential VM
 	DiskBootOrders   []*int64
 	Interfaces       []InterfaceSpec
 	Networks         []NetworkSpec
 	interfacesExceed bool // more than maxList, the rest was not read
 	networksExceed   bool
+
+	admitted // what only the webhook's rules look at
 }
 
 // CPU is domain.cpu; 0 is not said.
@@ -156,7 +171,7 @@ type InterfaceSpec struct {
 	Bindings   []Binding // sound with exactly one
 	Plugin     string    // name of a binding plugin
 	Ports      []PortSpec
-	PortRanges int // how many; not looked into
+	PortRanges []PortRangeSpec
 	MAC        string
 	BootOrder  *int64
 	PCIAddress string
@@ -165,7 +180,8 @@ type InterfaceSpec struct {
 	ACPIIndex  *int64
 	State      string
 
-	misspelt bool // a binding's name was, which has been said
+	misspelt            bool // a binding's name was, which has been said
+	hasPorts, hasRanges bool // the list is there, if only an empty one
 }
 
 // has says whether the interface names the binding b.
@@ -182,6 +198,12 @@ func (i *InterfaceSpec) has(b Binding) bool {
 type PortSpec struct {
 	Name, Protocol string
 	Port           int64
+}
+
+// PortRangeSpec is one of an interface's portRanges, as written.
+type PortRangeSpec struct {
+	Protocol   string
+	Start, End int64
 }
 
 // DHCPSpec is an interface's dhcpOptions, as written.
@@ -202,8 +224,11 @@ type NetworkSpec struct {
 	Name   string
 	Pod    *PodSpec
 	Multus *MultusSpec
-	Claim  bool // resourceClaim
+	Claim  *ClaimSpec
 }
+
+// ClaimSpec is a network's resourceClaim.
+type ClaimSpec struct{ ClaimName, RequestName string }
 
 // PodSpec is a pod network; an empty CIDR means KubeVirt's default.
 type PodSpec struct{ CIDR, CIDR6 string }
@@ -217,7 +242,7 @@ type MultusSpec struct {
 // fault makes a fault of this VMI, placed at the nearest line that is known for the field.
 func (v *VMI) fault(s Severity, field, format string, args ...any) Fault {
 	f := Fault{VMI: oneLine(v.Name), Field: field, Message: oneLine(fmt.Sprintf(format, args...)),
-		Severity: s, File: v.File, Line: v.Line}
+		Reason: Invalid, Severity: s, File: v.File, Line: v.Line}
 	for p := field; p != ""; {
 		if n, ok := v.lines[p]; ok {
 			f.Line = n
