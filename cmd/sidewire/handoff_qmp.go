@@ -130,7 +130,7 @@ func (n *handoffNIC) giveTo(q *handoff.QMP, o *options, vm vmi.VM) error {
 		return nil
 	}
 	if has {
-		if err := q.Detach(n.iface.NetdevID(), n.iface.DeviceID(), unplugPatience); err != nil {
+		if err := q.Detach(n.netdevID(), n.iface.DeviceID(), unplugPatience); err != nil {
 			return fmt.Errorf("QEMU has a device %s already: %w", n.iface.DeviceID(), err)
 		}
 	}
@@ -183,7 +183,7 @@ func (s *server) takeByMonitor(o *options, vm vmi.VM) error {
 	}
 	defer q.Close()
 	for _, n := range s.handoffs {
-		if err := q.Detach(n.iface.NetdevID(), n.iface.DeviceID(), unplugPatience); err != nil {
+		if err := q.Detach(n.netdevID(), n.iface.DeviceID(), unplugPatience); err != nil {
 			s.log.Warn("the guest keeps a NIC whose device goes", "interface", n.name(), "err", err)
 			return nil // the monitor's stream is not to be trusted any more
 		}

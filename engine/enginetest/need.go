@@ -10,16 +10,18 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // needs maps the name of a need to the test whether the machine has it.
 var needs = map[string]func() error{
-	"root":  needRoot,
-	"netns": sync.OnceValue(needNetNS),
-	"tun":   needTun,
-	"uso":   sync.OnceValue(needUSO),
-	"holes": needHoles,
+	"root":    needRoot,
+	"netns":   sync.OnceValue(needNetNS),
+	"tun":     needTun,
+	"macvtap": sync.OnceValue(needMacvtap),
+	"uso":     sync.OnceValue(needUSO),
+	"holes":   needHoles,
 	// "hugepages" is a kernel that has them, not one that has some to spare.
 	"hugepages": needHugePages,
 	"kernel":    needKernel,
@@ -116,6 +118,31 @@ func needUSO() error {
 			return
 		}
 		done <- tapTakes(unix.TUN_F_CSUM | unix.TUN_F_USO4 | unix.TUN_F_USO6)
+	}()
+	return <-done
+}
+
+// needMacvtap looks whether the kernel can make a macvtap on a veth.
+func needMacvtap() error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread dies with its namespace, and that with the links
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("cannot make a network namespace: %w", err)
+			return
+		}
+		lower := netlink.NewLinkAttrs()
+		lower.Name = "a"
+		err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: lower, PeerName: "b"})
+		if l, lerr := netlink.LinkByName("a"); err == nil && lerr == nil {
+			on := netlink.NewLinkAttrs()
+			on.Name, on.ParentIndex = "c", l.Attrs().Index
+			err = netlink.LinkAdd(&netlink.Macvtap{Macvlan: netlink.Macvlan{LinkAttrs: on, Mode: netlink.MACVLAN_MODE_BRIDGE}})
+		}
+		if err != nil {
+			err = fmt.Errorf("cannot make a macvtap: %w", err)
+		}
+		done <- err
 	}()
 	return <-done
 }

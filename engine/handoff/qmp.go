@@ -76,8 +76,9 @@ func NewQMP(c *net.UnixConn) (*QMP, error) {
 // Close ends the connection; QEMU runs on.
 func (q *QMP) Close() error { return q.c.Close() }
 
-// Peer is a descriptor of QEMU's process that becomes readable when it ends, or
-// -1 where the kernel does not tell. The caller closes it.
+// Peer is a descriptor of QEMU's process, non-blocking, that becomes readable
+// when it ends, or -1 where the kernel does not tell (before Linux 5.10, or in another
+// PID namespace). The caller closes it.
 func (q *QMP) Peer() int {
 	pidfd := -1
 	raw, err := q.c.SyscallConn()
@@ -89,7 +90,7 @@ func (q *QMP) Peer() int {
 		if err != nil || cred.Pid <= 0 {
 			return
 		}
-		if pidfd, err = unix.PidfdOpen(int(cred.Pid), 0); err != nil {
+		if pidfd, err = unix.PidfdOpen(int(cred.Pid), unix.PIDFD_NONBLOCK); err != nil {
 			pidfd = -1
 		}
 	})
