@@ -39,6 +39,8 @@ func (h *handoffOptions) check(vms []vmi.VM) error {
 		return badInput("%d VMIs given: -- starts one QEMU, which is one VMI's; run a sidewire for each", len(vms))
 	case h.command != nil && h.qmp != "":
 		return badInput("--qmp is for a QEMU that runs already; leave it out where sidewire starts one")
+	case h.command != nil:
+		return checkCommand(h.command)
 	case h.qmp != "" && len(vms) != 1:
 		return badInput("%d VMIs given: --qmp %s is one QEMU, which is one VMI's; run a sidewire for each", len(vms), h.qmp)
 	case h.qmp != "" && !slices.ContainsFunc(vms[0].Interfaces, handedOver):

@@ -33,6 +33,18 @@ func cutCommand(args []string) (flags, command []string, err error) {
 	return args, nil, nil
 }
 
+// checkCommand finds a program and says what is wrong with its arguments before
+// anything is opened for it.
+func checkCommand(command []string) error {
+	if _, err := exec.LookPath(command[0]); err != nil {
+		return cannot("-- %s: %w; install QEMU with: apt-get install qemu-system-x86, or give its path", command[0], err)
+	}
+	if err := vmi.CheckQEMU(command); err != nil {
+		return inputError{err}
+	}
+	return nil
+}
+
 // qemuExit is how a launched QEMU ended; its code becomes ours.
 type qemuExit struct {
 	error
