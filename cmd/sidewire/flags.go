@@ -53,6 +53,7 @@ type options struct {
 	kvm        bool
 
 	handoff handoffOptions
+	sriov   sriovOptions
 
 	// Of the socket path.
 	rules          []usernet.Rule // in the order given
@@ -132,6 +133,7 @@ func (o *options) register(fs *flag.FlagSet) {
 	fs.IntVar(&o.mtu, "mtu", 0, "`BYTES` of the MTU of such guests' links (default: that of the pod's link, 1500 for slirp)")
 	fs.BoolVar(&o.noHostLoopback, "no-host-loopback", false, "keep such guests from the pod's 127.0.0.1, for which the gateway stands otherwise")
 	o.handoff.register(fs)
+	o.sriov.register(fs)
 	fs.BoolVar(&o.slirpPing, "slirp-ping", false, "let slirp guests ping beyond the gateway")
 }
 

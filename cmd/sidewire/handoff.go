@@ -80,6 +80,8 @@ type handoffNIC struct {
 	netns  string
 	way    string
 	device handoff.Device
+	// function is what an sriov interface was given.
+	function handoff.Assigned
 
 	mu    sync.Mutex // guards state
 	state string
@@ -88,6 +90,9 @@ type handoffNIC struct {
 func (p *plan) addHandoff(o *options, n nic) {
 	h := &handoffNIC{nic: n, queues: n.iface.QueuePairs, netns: netnsOf(o, n.vm), way: o.handoff.way(), state: prepared}
 	h.iface.QueuePairs, h.socket = 0, ""
+	if n.iface.Binding == vmi.SRIOV {
+		h.netns, h.queues = "", 0 // it is the host's, and its queues are the guest's driver's
+	}
 	p.handoffs = append(p.handoffs, h)
 	p.all = append(p.all, h)
 }
@@ -108,8 +113,8 @@ func (n *handoffNIC) open(s *server, o *options) error {
 		switch n.iface.Binding {
 		case vmi.Macvtap:
 			n.device, err = handoff.OpenMacvtap(macvtapConfig(o, n.vm, n.iface, n.queues))
-		default:
-			err = fmt.Errorf("binding %s cannot be handed over", n.iface.Binding)
+		case vmi.SRIOV:
+			n.device, err = n.openFunction(s, o)
 		}
 		return err
 	})
@@ -185,6 +190,14 @@ func (n *handoffNIC) setState(state string) {
 	n.state = state
 }
 
+// netdevID is the id of what QEMU has for the device beside it, empty for nothing.
+func (n *handoffNIC) netdevID() string {
+	if n.iface.Binding == vmi.SRIOV {
+		return ""
+	}
+	return n.iface.NetdevID()
+}
+
 // status implements served.
 func (n *handoffNIC) status(*server) InterfaceStatus {
 	d := n.device.Status()
@@ -205,6 +218,9 @@ func (n *handoffNIC) forwards() []forwardRequest { return []forwardRequest{} }
 
 // summary is the device in one line.
 func (h *HandoffStatus) summary() string {
+	if h.Address != "" {
+		return fmt.Sprintf("%s; %s (%s)", functionSummary(h.Status), h.State, h.Way)
+	}
 	var b strings.Builder
 	b.WriteString(h.Kind)
 	if h.Link != "" {

@@ -24,6 +24,7 @@ type shellHandoff struct {
 
 type shellDevice struct {
 	netdev string
+	device []string
 	mtu    int // 0 if it is not known yet
 }
 
@@ -45,6 +46,10 @@ func (h *shellHandoff) plan() error {
 		case i.Binding == vmi.Macvtap:
 			if err := h.macvtap(i); err != nil {
 				return fmt.Errorf("interface %q: %w", i.Name, err)
+			}
+		default:
+			if err := h.function(i); err != nil {
+				return err
 			}
 		}
 	}
@@ -70,7 +75,7 @@ func (h *shellHandoff) macvtap(i *vmi.Interface) error {
 		fds = append(fds, strconv.Itoa(h.next))
 		h.next++
 	}
-	h.given[i.Name] = shellDevice{m.Netdev(fds, i.NetdevID()), st.MTU}
+	h.given[i.Name] = shellDevice{netdev: m.Netdev(fds, i.NetdevID()), mtu: st.MTU}
 	h.explain(i.Name, st, fds)
 	return nil
 }
@@ -96,7 +101,7 @@ func (h *shellHandoff) explain(name string, st handoff.Status, fds []string) {
 // handoff is what the arguments have in place of a port.
 func (h *shellHandoff) handoff(i vmi.Interface) (netdev string, device []string, ok bool) {
 	d, ok := h.given[i.Name]
-	return d.netdev, nil, ok
+	return d.netdev, d.device, ok
 }
 
 // mtu is what the guest is told.

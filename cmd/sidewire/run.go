@@ -146,6 +146,7 @@ func start(ctx context.Context, o *options, vms []vmi.VM, book *leaseBook, log *
 			return s, fmt.Errorf("%s: %w", b.name(), err)
 		}
 	}
+	s.giveBackFunctions(o, p)
 	s.handoffs = p.handoffs
 	for _, n := range p.handoffs {
 		if err := n.open(s, o); err != nil {

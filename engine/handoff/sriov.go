@@ -77,6 +77,7 @@ type SRIOV struct {
 	f      function
 	file   *stateFile // locked while we have the function
 	saved  bool       // state is in the file
+	kept   bool       // it was there from an earlier run
 	state  sriovState
 	status atomic.Pointer[Status]
 }
@@ -115,7 +116,7 @@ func (d *SRIOV) open() (err error) {
 	if !left {
 		d.state = sriovState{Address: d.c.Address, Boot: bootID(), Driver: d.f.driver, Override: d.f.override}
 	}
-	d.saved = left
+	d.saved, d.kept = left, left
 	p, err := d.plan(left)
 	if err != nil {
 		err = errors.Join(err, d.file.close(!left))
@@ -183,14 +184,17 @@ func (d *SRIOV) Open() ([]*os.File, error) { return nil, nil }
 func (d *SRIOV) Netdev([]string, string) string { return "" }
 
 // Properties name the driver and the function.
-func (d *SRIOV) Properties() []string { return []string{vfioPCI, "host=" + d.c.Address} }
+func (d *SRIOV) Properties() []string { return VFIODevice(d.c.Address) }
+
+// VFIODevice are the properties by which QEMU gets a function.
+func VFIODevice(address string) []string { return []string{vfioPCI, "host=" + address} }
 
 // Status tells the function's.
 func (d *SRIOV) Status() Status { return *d.status.Load() }
 
 func (d *SRIOV) setStatus(p sriovPlan) {
 	s := Status{
-		Kind: "sriov", Adopted: !d.state.Bound, Address: d.c.Address, Driver: d.f.driver, Group: d.f.group,
+		Kind: "sriov", Adopted: !d.state.Bound, Kept: d.kept, Address: d.c.Address, Driver: d.f.driver, Group: d.f.group,
 		PF: d.f.pf, Link: p.link, MTU: p.mtu,
 	}
 	if d.f.pf != "" {

@@ -15,7 +15,8 @@ import (
 )
 
 // Assignments is where it is written which functions a pod was given for its
-// networks. The zero value is that of a pod.
+// networks. The zero value is that of a pod. What it has said is taken: a function
+// is not given twice. It is not safe for concurrent use.
 type Assignments struct {
 	// Given is by hand, network to PCI address, and goes before everything.
 	Given map[string]string
@@ -27,6 +28,9 @@ type Assignments struct {
 	// Wait is how long a file that is there but empty may take to be filled, a
 	// second unless said otherwise: the annotation is written while the pod starts.
 	Wait time.Duration
+
+	owner map[string]string // address to network
+	pool  *envPool
 }
 
 // Assigned is the function that a network has.
@@ -53,33 +57,19 @@ const (
 // Find says which function each of the networks has, in the order of the
 // networks. The pod's sources are asked in the order in which KubeVirt's versions
 // brought them, newest first; the first that names a function at all is the one
-// for all networks. A network that none names is not in the result: the reason is
-// in missing, for people.
-func (a *Assignments) Find(networks []string) (found map[string]Assigned, missing error, err error) {
-	found = map[string]Assigned{}
-	owner := map[string]string{} // address to network
-	give := func(network, address, from string, byPod bool) error {
-		canonical, err := ParsePCIAddress(address)
-		if err != nil {
-			return fmt.Errorf("%s: network %s: %w", from, network, err)
-		}
-		if other := owner[canonical]; other != "" {
-			return fmt.Errorf("%s gives %s to network %s, but network %s has it already", from, canonical, network, other)
-		}
-		owner[canonical] = network
-		found[network] = Assigned{Address: canonical, From: from, ByPod: byPod}
-		return nil
-	}
+// for all networks. A network that none names is in missing, with the reason.
+func (a *Assignments) Find(networks []string) (found map[string]Assigned, missing map[string]error, err error) {
+	found, missing = map[string]Assigned{}, map[string]error{}
 	var open []string
 	for _, n := range networks {
 		if address := a.Given[n]; address == "" {
 			open = append(open, n)
-		} else if err := give(n, address, "--vf", false); err != nil {
+		} else if found[n], err = a.Give(n, address, "--vf", false); err != nil {
 			return nil, nil, err
 		}
 	}
 	if len(open) == 0 {
-		return found, nil, nil
+		return found, missing, nil
 	}
 	for _, source := range []struct {
 		file string
@@ -100,27 +90,43 @@ func (a *Assignments) Find(networks []string) (found map[string]Assigned, missin
 		if len(addresses) == 0 {
 			continue
 		}
-		var errs []error
 		for _, n := range open {
 			if addresses[n] == "" {
-				errs = append(errs, fmt.Errorf("%s names no function for network %s", path, n))
-			} else if err := give(n, addresses[n], path, true); err != nil {
+				missing[n] = fmt.Errorf("%s names no function for network %s; name it with --vf %s=PCIADDRESS", path, n, n)
+			} else if found[n], err = a.Give(n, addresses[n], path, true); err != nil {
 				return nil, nil, err
 			}
 		}
-		return found, errors.Join(errs...), nil
+		return found, missing, nil
 	}
-	pool := a.environment()
-	var errs []error
+	if a.pool == nil {
+		a.pool = a.environment()
+	}
 	for _, n := range open {
-		address, from, err := pool.pop(n, owner)
+		address, from, err := a.pool.pop(n, a.owner)
 		if err != nil {
-			errs = append(errs, err)
-		} else if err := give(n, address, from, true); err != nil {
+			missing[n] = err
+		} else if found[n], err = a.Give(n, address, from, true); err != nil {
 			return nil, nil, err
 		}
 	}
-	return found, errors.Join(errs...), nil
+	return found, missing, nil
+}
+
+// Give notes that a network has a function which is written somewhere else.
+func (a *Assignments) Give(network, address, from string, byPod bool) (Assigned, error) {
+	canonical, err := ParsePCIAddress(address)
+	if err != nil {
+		return Assigned{}, fmt.Errorf("%s: network %s: %w", from, network, err)
+	}
+	if other := a.owner[canonical]; other != "" {
+		return Assigned{}, fmt.Errorf("%s gives %s to network %s, but network %s has it already", from, canonical, network, other)
+	}
+	if a.owner == nil {
+		a.owner = map[string]string{}
+	}
+	a.owner[canonical] = network
+	return Assigned{Address: canonical, From: from, ByPod: byPod}, nil
 }
 
 func (a *Assignments) dir() string {

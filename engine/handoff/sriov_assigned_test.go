@@ -1,8 +1,10 @@
 package handoff
 
 import (
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -70,9 +72,10 @@ func TestSRIOVRow70(t *testing.T) {
 			}
 			require.NoError(t, err)
 			if test.missing == "" {
-				require.NoError(t, missing)
+				require.Empty(t, missing)
 			} else {
-				require.ErrorContains(t, missing, test.missing)
+				require.Len(t, missing, 1)
+				require.ErrorContains(t, slices.Collect(maps.Values(missing))[0], test.missing)
 			}
 			assert.Equal(t, test.want, addresses(found))
 			if test.from != "" {
@@ -81,6 +84,19 @@ func TestSRIOVRow70(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSRIOVRow70TwoGuests: what one guest has no other one gets.
+func TestSRIOVRow70TwoGuests(t *testing.T) {
+	a := Assignments{PodInfo: t.TempDir(), Environ: []string{"KUBEVIRT_RESOURCE_NAME_a=r", "PCIDEVICE_R=0000:65:00.2,0000:65:00.3"}}
+	for _, want := range []string{"0000:65:00.2", "0000:65:00.3"} {
+		found, _, err := a.Find([]string{"a"})
+		require.NoError(t, err)
+		assert.Equal(t, map[string]string{"a": want}, addresses(found))
+	}
+	_, missing, err := a.Find([]string{"a"})
+	require.NoError(t, err)
+	require.ErrorContains(t, missing["a"], "no function of resource r is left")
 }
 
 // TestSRIOVRow70FilledLater: the annotation is written while the pod starts.
@@ -93,7 +109,7 @@ func TestSRIOVRow70FilledLater(t *testing.T) {
 	found, missing, err := a.Find([]string{"a"})
 	require.NoError(t, <-written)
 	require.NoError(t, err)
-	require.NoError(t, missing)
+	require.Empty(t, missing)
 	assert.Equal(t, map[string]string{"a": "0000:ae:00.2"}, addresses(found))
 }
 
