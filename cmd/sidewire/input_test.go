@@ -322,6 +322,12 @@ func TestValidateCommand(t *testing.T) {
 	require.NoError(t, json.Unmarshal([]byte(o.out), &faults))
 	require.Len(t, faults, 1)
 	assert.Equal(t, "spec.domain.devices.interfaces[0].macAdress", faults[0].Field)
+	assert.Equal(t, vmi.Invalid, faults[0].Reason)
+
+	multus := writeFile(t, "multus.yaml", strings.NewReplacer("masquerade: {}", "bridge: {}", "pod: {}", "multus: {networkName: n}").Replace(spec("vm", 1)))
+	o = sidewire(t, "validate", "-f", multus)
+	assert.Equal(t, outcome{err: o.err}, o, "KubeVirt takes it")
+	assert.Contains(t, o.err, "unserved: ")
 }
 
 func TestStatusWithoutSidewire(t *testing.T) {

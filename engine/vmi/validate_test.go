@@ -224,7 +224,7 @@ func TestValidate(t *testing.T) {
 		{"own name", strings.Replace(spec("", ""), "name: v", "name: ../v", 1), Options{}, []string{
 			`metadata.name: "../v" is not a Kubernetes name: lower-case letters, digits, '-' and '.' only, at most 253`}},
 		{"own hostname", spec("", "") + "  hostname: Not_A_Host\n", Options{}, []string{
-			"spec.hostname: spec.hostname does not conform to the kubernetes DNS_LABEL rules : "+strings.Join(labelFaults("Not_A_Host"), ", ")}},
+			"spec.hostname: spec.hostname does not conform to the kubernetes DNS_LABEL rules : " + strings.Join(labelFaults("Not_A_Host"), ", ")}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			docs, err := Parse("v.yaml", []byte(c.yaml))

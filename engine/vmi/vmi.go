@@ -35,6 +35,8 @@ type Severity string
 const (
 	Error   Severity = "error"
 	Warning Severity = "warning" // served, but not quite as the spec reads
+	// Unserved is what [Unsupported] finds, to those who asked only whether a spec is sound.
+	Unserved Severity = "unserved"
 )
 
 // Reason is the type of cause that KubeVirt's webhook gives a fault (metav1.CauseType).
