@@ -138,3 +138,39 @@ func TestBridgeRow43Crash(t *testing.T) {
 	other.stop()
 	isPutBack(t, w.Pod, before)
 }
+
+// A distribution's kernel in QEMU takes the pod's place, over two queue pairs,
+// and again after a reboot.
+func TestBridgeRow36Row38Row39QEMU(t *testing.T) {
+	enginetest.Need(t, "qemu", "kernel")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1450})
+	own := linkMAC(t, w.Pod, "eth0")
+	p := startBridge(t, w, onPod("vm", 2, ""))
+	g := enginetest.Guest(t, t.TempDir(), enginetest.GuestOptions{Args: qemuArgs(t, w, p), Memory: -1, CPUs: -1, Machine: "q35"})
+	for boot := range 2 {
+		if boot > 0 {
+			require.NoError(t, g.Reboot(time.Minute))
+		}
+		r, err := g.Do(enginetest.GuestCmd{Do: "dhcp"})
+		require.NoError(t, err)
+		assert.Equal(t, enginetest.PodIP+"/24", r.Lease.Addr)
+		assert.Equal(t, "169.254.75.10", r.Lease.Server)
+		assert.Equal(t, []string{"0.0.0.0/0 via " + enginetest.OutsideIP}, r.Lease.Routes)
+		assert.Equal(t, 1450, r.Lease.MTU)
+		r, err = g.Do(enginetest.GuestCmd{Do: "link"})
+		require.NoError(t, err)
+		assert.Equal(t, own, r.Link.MAC)
+		assert.Equal(t, 1450, r.Link.MTU)
+		_, err = g.Do(enginetest.GuestCmd{Do: "channels", N: 2})
+		require.NoError(t, err)
+		r, err = g.Do(enginetest.GuestCmd{Do: "http_get", Timeout: time.Minute,
+			URL: fmt.Sprintf("http://%s:%d/data?bytes=%d", enginetest.OutsideName, enginetest.HTTPPort, 4<<20)})
+		require.NoError(t, err)
+		assert.Equal(t, enginetest.DataSum(4<<20), r.Sum)
+		_, err = g.Do(enginetest.GuestCmd{Do: "listen", Kind: "http", Port: 80})
+		require.NoError(t, err)
+		c, err := w.Outside.Dial("tcp4", enginetest.PodIP+":80", 5*time.Second)
+		require.NoError(t, err)
+		require.NoError(t, c.Close())
+	}
+}
