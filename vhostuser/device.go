@@ -147,6 +147,7 @@ type Device struct {
 	mac         frame.MAC
 	ctrl        ctrl
 	expecting   *time.Timer
+	link        link
 	complaints  limiter
 	comings     limiter // of frontends
 	goings      limiter
@@ -179,6 +180,7 @@ func NewDevice(c Config) (*Device, error) {
 	}
 	d := &Device{
 		cfg: c, log: c.Log.With("device", c.Name), offered: c.offered(), mac: c.MAC, backendFD: -1, dirtySpec: logSpec{fd: -1},
+		link: link{changed: make(chan struct{})},
 	}
 	d.rxSet.Store(new(rxSet))
 	for i := range c.QueuePairs {
@@ -206,7 +208,7 @@ func (d *Device) begin(uc *net.UnixConn) error {
 	switch {
 	case d.closed:
 		return ErrClosed
-	case d.ses != nil || d.moved:
+	case d.ses != nil || d.moved || d.link.parked:
 		d.turnedAway.Add(1)
 		return ErrBusy
 	}
@@ -219,6 +221,9 @@ func (d *Device) begin(uc *net.UnixConn) error {
 	d.sessions.Add(1)
 	d.comings.log(d.log.Info, "frontend connected")
 	d.updateState()
+	if d.link.asked = time.Now(); d.link.down {
+		d.awaitSettled()
+	}
 	frame.Go(s.run)
 	return nil
 }
@@ -264,6 +269,8 @@ func (d *Device) clear() {
 func (d *Device) Close() error {
 	d.mu.Lock()
 	d.closed = true
+	d.link.stopSettling()
+	d.link.change()
 	s, ln := d.ses, d.ln
 	d.ln = nil
 	d.mu.Unlock()

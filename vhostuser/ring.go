@@ -106,7 +106,7 @@ func (r *ring) ready() bool {
 	if r.pair == nil && !d.isCtrl(r) {
 		return false // the last ring is nothing else
 	}
-	return r.started && r.hasAddr && r.num != 0 && !r.broken.Load() && d.ses != nil && d.featuresSet && len(d.regions) > 0
+	return r.started && r.hasAddr && r.num != 0 && !r.broken.Load() && d.ses != nil && !d.link.down && d.featuresSet && len(d.regions) > 0
 }
 
 // config translates the ring's addresses.

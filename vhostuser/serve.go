@@ -59,15 +59,27 @@ func (d *Device) Serve(ctx context.Context) error {
 }
 
 func (d *Device) acceptAll(ctx context.Context) error {
-	if err := d.Listen(); err != nil {
-		return err
+	for {
+		if err := d.waitUnparked(ctx); err != nil {
+			return err
+		}
+		if err := d.Listen(); err != nil {
+			return err
+		}
+		d.mu.Lock()
+		ln := d.ln
+		d.mu.Unlock()
+		if ln == nil {
+			continue // parked or closed by now
+		}
+		if err := d.acceptFrom(ctx, ln); err != nil {
+			return err
+		}
 	}
-	d.mu.Lock()
-	ln := d.ln
-	d.mu.Unlock()
-	if ln == nil {
-		return ErrClosed
-	}
+}
+
+// acceptFrom takes frontends until the listener is closed or ctx ends.
+func (d *Device) acceptFrom(ctx context.Context, ln *net.UnixListener) error {
 	defer context.AfterFunc(ctx, func() { _ = ln.SetDeadline(time.Unix(1, 0)) })()
 	for {
 		uc, err := ln.AcceptUnix()
@@ -77,7 +89,7 @@ func (d *Device) acceptAll(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case errors.Is(err, net.ErrClosed):
-			return ErrClosed
+			return nil
 		default:
 			// Out of descriptors, most likely: others may give some back.
 			d.mu.Lock()
@@ -105,6 +117,9 @@ func (d *Device) take(uc *net.UnixConn) *session {
 func (d *Device) dialAll(ctx context.Context) error {
 	wait := retryMin
 	for {
+		if err := d.waitUnparked(ctx); err != nil {
+			return err
+		}
 		if s := d.current(); s != nil { // ours, or one that was imported
 			select {
 			case <-s.done:

@@ -110,6 +110,7 @@ func (s *session) dispatch(sp *spec, m *message) (err error) {
 	d := s.dev
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.link.asked = time.Now()
 	defer func() {
 		if r := recover(); r != nil {
 			if addr, ok := frame.FaultAddr(r); !ok || !d.Fault(addr) {

@@ -3,6 +3,7 @@ package stream
 import (
 	"encoding/binary"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -41,6 +42,8 @@ type tx struct {
 	// rarely has anything: each question is a system call. What comes while it
 	// rests makes an edge, and Arm ends the rest.
 	misses, rest uint8
+
+	down atomic.Bool // see Device.SetLink
 }
 
 // restAfter is how many times in vain make the socket rest for one turn more,
@@ -103,6 +106,7 @@ func (d *Device) Pull(b *frame.Batch) int {
 // parse makes frames of what was received, until the batch is full.
 func (t *tx) parse(b *frame.Batch) (n int) {
 	octets := 0
+	down := t.down.Load()
 	// Frames that are dropped count too: a turn ends, whatever came.
 	for range frame.BatchSize {
 		size, whole := t.next()
@@ -112,6 +116,9 @@ func (t *tx) parse(b *frame.Batch) (n int) {
 		p := t.buf[t.r+lenSize : t.r+lenSize+size : t.r+lenSize+size]
 		t.r += lenSize + size
 		switch {
+		case down:
+			t.count.drop(frame.QueueStopped)
+			continue
 		case size < frame.EthernetLen:
 			t.count.drop(frame.ShortFrame)
 			continue

@@ -98,7 +98,15 @@ func (r *rx) detach() {
 }
 
 // Push sends frames to the guest. See engine.Port.
-func (d *Device) Push(_ int, fs []*frame.Frame) { d.rx.push(fs, false) }
+func (d *Device) Push(_ int, fs []*frame.Frame) {
+	if d.tx.down.Load() {
+		for _, f := range fs {
+			d.rx.drop(f, frame.QueueStopped)
+		}
+		return
+	}
+	d.rx.push(fs, false)
+}
 
 // resume sends what was left over of a frame. A worker woke up for it.
 func (d *Device) resume() { d.rx.push(nil, true) }

@@ -582,3 +582,27 @@ func BenchmarkPush(b *testing.B) {
 		})
 	}
 }
+
+// A link that is down passes nothing either way, and what was sent meanwhile is gone.
+func TestLinkDown(t *testing.T) {
+	noLeak(t)
+	d := newDevice(t, Config{})
+	q := connect(t, d)
+	require.True(t, d.LinkUp())
+	d.SetLink(false)
+	require.False(t, d.LinkUp())
+	for i := range 200 {
+		q.send(testFrame(60, byte(i)))
+	}
+	require.Empty(t, pull(d))
+	require.Empty(t, pull(d))
+	require.Empty(t, pull(d))
+	require.Empty(t, pull(d))
+	d.Push(0, frames(testFrame(60, 1)))
+	d.SetLink(true)
+	q.send(testFrame(61, 7))
+	require.Equal(t, [][]byte{testFrame(61, 7)}, pull(d))
+	d.Push(0, frames(testFrame(62, 2)))
+	require.Equal(t, testFrame(62, 2), q.read())
+	require.EqualValues(t, 201, d.Status().Drops["queue_stopped"])
+}

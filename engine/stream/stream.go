@@ -118,6 +118,14 @@ func New(c Config) (*Device, error) {
 	return d, nil
 }
 
+// SetLink says whether the guest's link is up, which it is at first. QEMU's stream
+// has no word for it: while the link is down frames are dropped both ways, and the
+// guest sees no change.
+func (d *Device) SetLink(up bool) { d.tx.down.Store(!up) }
+
+// LinkUp says what SetLink did.
+func (d *Device) LinkUp() bool { return !d.tx.down.Load() }
+
 // SetWatcher says which worker to wake for the device; nil for none. It
 // replaces the one before.
 func (d *Device) SetWatcher(w Watcher) {
