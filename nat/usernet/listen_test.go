@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"errors"
 	"net"
 	"net/netip"
 	"sync"
@@ -32,22 +33,53 @@ func freePort(t testing.TB) uint16 {
 	}
 }
 
-// forward adds a TCP forward of a free port to the guest's port 80.
+// forward adds a TCP forward of a free port to the guest's port 80. A port that
+// is free at one address may be a client's at another.
 func (w *world) forward() Forward {
 	w.t.Helper()
-	f := Forward{Proto: frame.ProtoTCP, Port: freePort(w.t), Guest: 80}
-	require.NoError(w.t, w.net.AddForward(f))
-	return f
+	for {
+		f := Forward{Proto: frame.ProtoTCP, Port: freePort(w.t), Guest: 80}
+		err := w.net.AddForward(f)
+		if errors.Is(err, unix.EADDRINUSE) {
+			continue
+		}
+		require.NoError(w.t, err)
+		return f
+	}
 }
 
-// dials connects to a port of the host's loopback, from an address if one is
-// given.
-func dials(t testing.TB, port uint16, from string) *net.TCPConn {
+// clientsOfOnePort makes sockets that have one port at as many loopback
+// addresses. All are bound before any is used: somebody else may have the port at
+// one of them.
+func clientsOfOnePort(t testing.TB, count int) (fds []int) {
+	t.Helper()
+	for len(fds) < count {
+		port := int(freePort(t))
+		for i := range count {
+			fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			require.NoError(t, err)
+			fds = append(fds, fd)
+			if unix.Bind(fd, &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 1, byte(i + 1)}}) != nil {
+				for _, fd := range fds {
+					_ = unix.Close(fd)
+				}
+				fds = nil
+				break
+			}
+		}
+	}
+	t.Cleanup(func() {
+		for _, fd := range fds {
+			_ = unix.Close(fd)
+		}
+	})
+	return fds
+}
+
+// dials connects to a port of the host's loopback.
+func dials(t testing.TB, port uint16) *net.TCPConn {
 	t.Helper()
 	d := net.Dialer{Timeout: patience}
-	if from != "" {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.MustParseAddrPort(from))
-	}
 	c, err := d.Dial("tcp4", netip.AddrPortFrom(localIP, port).String())
 	require.NoError(t, err)
 	t.Cleanup(func() { c.Close() })
@@ -68,7 +100,7 @@ func TestForwardTCP(t *testing.T) {
 	w := newWorld(t)
 	f := w.forward()
 	require.Equal(t, []Forward{f}, w.net.Forwards())
-	c := dials(t, f.Port, "")
+	c := dials(t, f.Port)
 	syn := w.wantSYN(80)
 	// A guest cannot answer 127.0.0.1.
 	assert.Equal(t, gatewayIP, syn.src())
@@ -139,10 +171,9 @@ func TestForwardGatewayPorts(t *testing.T) {
 	for _, n := range []int{1, 2, 3} {
 		w := newWorld(t, workers(n))
 		f := w.forward()
-		port := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 2}), freePort(t)).Port()
 		seen := map[uint16]bool{}
-		for i := range 20 {
-			dials(t, f.Port, netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 1, byte(i + 1)}), port).String())
+		for _, fd := range clientsOfOnePort(t, 20) {
+			require.NoError(t, unix.Connect(fd, &unix.SockaddrInet4{Port: int(f.Port), Addr: localIP.As4()}))
 			a := w.wantSYN(80)
 			assert.Equal(t, gatewayIP, a.src())
 			assert.False(t, seen[uint16(a.tcp.SrcPort)], "port %d twice", a.tcp.SrcPort)
@@ -207,7 +238,7 @@ func TestForwardManyAtOnce(t *testing.T) {
 		w := newWorld(t, workers(n))
 		f := w.forward()
 		for range clients {
-			dials(t, f.Port, "")
+			dials(t, f.Port)
 		}
 		w.backlog = append(w.backlog, w.pull(0)...)
 		if n == 1 {
@@ -231,7 +262,7 @@ func TestForwardOutOfDescriptors(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.MaxSockets = 3 })
 	f := w.forward()
 	for range 3 {
-		dials(t, f.Port, "")
+		dials(t, f.Port)
 	}
 	first := w.wantSYN(80)
 	w.wantSYN(80)
@@ -257,6 +288,8 @@ func TestForwardOutOfDescriptors(t *testing.T) {
 // Forwards come and go while workers and clients are busy.
 func TestForwardsComeAndGo(t *testing.T) {
 	w := newWorld(t, workers(2))
+	tcp := w.forward()
+	require.NoError(t, w.net.RemoveForward(tcp))
 	var stop atomic.Bool
 	var workers, clients sync.WaitGroup
 	for i := range w.net.workers {
@@ -271,7 +304,6 @@ func TestForwardsComeAndGo(t *testing.T) {
 			}
 		})
 	}
-	tcp := Forward{Proto: frame.ProtoTCP, Port: freePort(t), Guest: 80}
 	udp := Forward{Proto: frame.ProtoUDP, Port: freePort(t), Guest: 80}
 	for range 2 {
 		clients.Go(func() {
