@@ -1,11 +1,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -100,18 +98,6 @@ func (a *agent) file(c *enginetest.GuestCmd, r *enginetest.GuestReply) error {
 
 func (a *agent) write(c *enginetest.GuestCmd, _ *enginetest.GuestReply) error {
 	return os.WriteFile(c.Path, []byte(c.Data), 0o644)
-}
-
-func (a *agent) program(c *enginetest.GuestCmd, r *enginetest.GuestReply) error {
-	ctx, cancel := context.WithTimeout(context.Background(), c.Timeout)
-	defer cancel()
-	b, err := exec.CommandContext(ctx, c.Path, c.Args...).CombinedOutput()
-	r.Data = string(b)
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && ctx.Err() == nil {
-		r.Status, err = exit.ExitCode(), nil
-	}
-	return err
 }
 
 func (a *agent) dmesg(_ *enginetest.GuestCmd, r *enginetest.GuestReply) error {

@@ -55,7 +55,7 @@ func guest() {
 
 // serve runs the commands that come from r until it ends.
 func serve(r io.Reader, w io.Writer) {
-	a := &agent{leases: map[string]*held{}, servers: map[int]*server{}}
+	a := &agent{leases: map[string]*held{}, servers: map[int]*server{}, started: map[int]*program{}}
 	var mu sync.Mutex // a reply is one line
 	reply := func(v enginetest.GuestReply) {
 		b, err := json.Marshal(v)
@@ -116,7 +116,7 @@ var commands = map[string]func(*agent, *enginetest.GuestCmd, *enginetest.GuestRe
 	"http_get": (*agent).httpGet, "http_put": (*agent).httpPut,
 	"listen": (*agent).listen, "unlisten": (*agent).unlisten, "peers": (*agent).peers,
 	"tcp": (*agent).tcp, "udp": (*agent).udp, "send": (*agent).send,
-	"file": (*agent).file, "write": (*agent).write, "run": (*agent).program, "dmesg": (*agent).dmesg, "reboot": (*agent).reboot, "poweroff": (*agent).poweroff,
+	"file": (*agent).file, "write": (*agent).write, "run": (*agent).program, "start": (*agent).start, "stop": (*agent).stop, "dmesg": (*agent).dmesg, "reboot": (*agent).reboot, "poweroff": (*agent).poweroff,
 }
 
 // agent is what outlives a command.
@@ -124,4 +124,5 @@ type agent struct {
 	mu      sync.Mutex // guards what follows
 	leases  map[string]*held
 	servers map[int]*server
+	started map[int]*program
 }

@@ -36,6 +36,8 @@ import (
 //	file      Path            reads a small file, of /proc for instance
 //	write     Path Data       writes one, of /sys for instance
 //	run       Path Args       runs a program to its end: Data what it printed, Status how it ended
+//	start     Path Args       starts one: Status is its process, Data the file of what it prints
+//	stop      N Kind          ends the process N that was started, Kind "kill" by force; as run
 //	dmesg                     the end of the kernel's log
 //	reboot, poweroff
 type GuestCmd struct {
