@@ -87,7 +87,7 @@ type flow struct {
 }
 
 // flags of a TCP flow.
-type flags uint16
+type flags uint32
 
 // place says in which of a worker's lists a flow's place is.
 type place uint8

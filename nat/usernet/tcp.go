@@ -37,6 +37,12 @@ const (
 	urgent                      // the socket has urgent data
 	keepalive                   // SO_KEEPALIVE is set
 	retry                       // the guest had no buffers
+	patient                     // in the list of acknowledgements that wait for an answer
+	asked                       // the guest sent something that was not answered yet
+	once                        // its last request was answered before it sent another
+	answers                     // so were the last two, or those of others were
+	spoke                       // the socket has sent something
+	noDelay                     // TCP_NODELAY is set
 )
 
 const (
@@ -215,8 +221,9 @@ func (w *worker) established(i int32) {
 	fl.state = stateEstablished
 	fl.sndUna, fl.base = fl.sndNxt, fl.sndNxt
 	fl.rtxDue, fl.backoff = 0, 0
-	fl.flags |= readable // an event may have been and gone
-	w.ready(i)
+	if fl.flags&readable != 0 { // an event has been and gone
+		w.ready(i)
+	}
 }
 
 // timeWaitSegment answers what comes late, and lets the ports be used again.
@@ -403,6 +410,9 @@ func (w *worker) flushWith(b *frame.Batch, flags int) {
 		w.msg.SetControllen(0)
 		w.msg.Iov = &w.iovs[0]
 		w.msg.SetIovlen(o.iovs)
+		if fl.flags&noDelay == 0 {
+			w.sendsAtOnce(fl, o.bytes)
+		}
 		n, errno := sendmsg(fl.fd, &w.msg, flags)
 		if errno != 0 {
 			n = 0
@@ -412,6 +422,7 @@ func (w *worker) flushWith(b *frame.Batch, flags int) {
 			}
 		}
 		fl.rcvNxt += uint32(n)
+		w.asks(fl)
 		if n < o.bytes {
 			w.stats.Stalls++
 			fl.flags |= stalled | ackNow
@@ -420,7 +431,10 @@ func (w *worker) flushWith(b *frame.Batch, flags int) {
 	}
 	if o.fin {
 		fl.rcvNxt++
-		fl.flags |= guestFin | ackNow
+		fl.flags |= guestFin
+		// What is unread would be told again with each event that is still to
+		// come.
+		w.discard(fl)
 		shutdownWrite(fl.fd)
 	}
 	w.touch(i)
@@ -521,6 +535,8 @@ func (w *worker) tcpSettle(b *frame.Batch, i int32) {
 	}
 	if unacked := fl.rcvNxt - fl.rcvAck; fl.flags&ackNow != 0 || unacked >= 2*uint32(fl.mss) {
 		w.emitACK(b, i)
+	} else if unacked > 0 && (fl.flags&answers != 0 || fl.flags&(guestFin|hostFin) == guestFin) {
+		w.wait(i)
 	} else if unacked > 0 && fl.flags&delayed == 0 {
 		w.delay(i)
 	}
@@ -539,6 +555,7 @@ func (w *worker) delay(i int32) {
 // finished ends a connection that both sides have closed.
 func (w *worker) finished(b *frame.Batch, i int32) {
 	fl := w.table.at(i)
+	w.discard(fl) // a socket whose FIN is on its way says RST when it is closed with something unread
 	if fl.flags&ackNow == 0 && fl.rcvNxt == fl.rcvAck {
 		w.drop(i) // the guest knows all
 		return
@@ -557,22 +574,29 @@ const ackDelay = 30_000
 
 // sendDelayed sends acknowledgements that have waited for long enough.
 func (w *worker) sendDelayed(b *frame.Batch) {
-	if len(w.delayed) == 0 || w.now-w.ackSince < ackDelay {
-		return
+	if len(w.delayed) > 0 && w.now-w.ackSince >= ackDelay {
+		w.delayed = w.sendACKs(b, w.delayed, delayed)
 	}
-	for k, d := range w.delayed {
+	if len(w.waiting) > 0 && int32(w.tick-w.waitTill) >= 0 {
+		w.waiting = w.sendACKs(b, w.waiting, patient)
+	}
+}
+
+// sendACKs sends the acknowledgements of a list whose flows have a flag, and
+// returns those for which the batch has no room.
+func (w *worker) sendACKs(b *frame.Batch, list []flowRef, in flags) (left []flowRef) {
+	for k, d := range list {
 		if b.Len() >= frame.BatchMax {
-			w.delayed = append(w.delayed[:0], w.delayed[k:]...)
-			return
+			return append(list[:0], list[k:]...)
 		}
 		fl := w.table.at(d.flow)
-		if fl.gen != d.gen || fl.flags&delayed == 0 {
+		if fl.gen != d.gen || fl.flags&in == 0 {
 			continue
 		}
-		fl.flags &^= delayed
+		fl.flags &^= in
 		if fl.rcvNxt != fl.rcvAck {
 			w.emitACK(b, d.flow)
 		}
 	}
-	w.delayed = w.delayed[:0]
+	return list[:0]
 }

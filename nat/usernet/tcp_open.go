@@ -86,6 +86,7 @@ func (w *worker) newTCP(b *frame.Batch, f *frame.Frame, k key) int32 {
 	fl.sndUna = w.firstSeq(&fl.key)
 	fl.sndNxt = fl.sndUna + 1
 	fl.sndMax = fl.sndNxt
+	w.guess(fl)
 	w.stats.opened(frame.ProtoTCP)
 	return i
 }
@@ -103,7 +104,6 @@ func (w *worker) firstSeq(k *key) uint32 {
 func (w *worker) connect(i int32, to target) unix.Errno {
 	fl := w.table.at(i)
 	for kept := true; ; kept = false {
-		setInt(fl.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // the guest has done Nagle's work already
 		if kept {
 			setInt(fl.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 			w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(fl.gport)}
@@ -238,12 +238,13 @@ func (w *worker) tcpEvent(b *frame.Batch, i int32, events uint32) {
 		return
 	}
 	if fl.state == stateConnecting {
-		errno, _ := getInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR)
-		switch {
-		case errno != 0:
-			w.hostRefuses(b, i, unix.Errno(errno))
-			return
-		case events&unix.EPOLLOUT == 0:
+		if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			if errno, _ := getInt(fl.fd, unix.SOL_SOCKET, unix.SO_ERROR); errno != 0 {
+				w.hostRefuses(b, i, unix.Errno(errno))
+				return
+			}
+		}
+		if events&unix.EPOLLOUT == 0 {
 			return
 		}
 		w.hostConnected(b, i)

@@ -160,7 +160,7 @@ func (w *worker) sendSYN(b *frame.Batch, i int32) {
 	}
 	if fl.state != stateSynSent {
 		bits |= tcpACK
-		w.openWindow(fl)
+		w.firstWindow(fl)
 	}
 	w.tcpHeader(f, fl, fl.sndUna, bits, n, 0)
 	fl.sndMax = fl.sndNxt
@@ -195,6 +195,9 @@ func (w *worker) tcpPump(b *frame.Batch, i int32) pumped {
 	limit := w.maySend(i)
 	if limit <= 0 {
 		return pumpDone // the guest's acknowledgement makes it ready again
+	}
+	if w.atEnd(fl) {
+		return w.hostEnds(b, i)
 	}
 	return w.tcpReceive(b, i, limit)
 }
@@ -470,6 +473,7 @@ func (w *worker) segmentFor(f *frame.Frame, i int32, n int, last bool) {
 	}
 	seq := fl.sndNxt
 	w.keepWindow(fl)
+	w.isAnswered(fl)
 	if before(seq, fl.sndMax) {
 		w.stats.Retransmits++
 	} else if fl.rttAt == 0 && fl.flags&recovery == 0 {

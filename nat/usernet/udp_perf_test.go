@@ -85,6 +85,7 @@ func (w *bare) hostSends(n int) {
 // pulls brings what there is, until there is nothing.
 func (w *bare) pulls() (n int) {
 	q := w.net.Queue(0)
+	q.Disarm()
 	for {
 		w.b.Reset(w.now)
 		k := q.Pull(w.b)

@@ -256,6 +256,7 @@ func (w *worker) process(b *frame.Batch, elsewhere []*frame.Frame) []*frame.Fram
 	defer w.mu.Unlock() // also when memory of the guest's has gone away
 	w.begin(b.Now)
 	w.turn()
+	w.worked = true
 	for i, k := 0, b.Len(); i < k; i++ {
 		f := b.Frame(i)
 		if f.Out != frame.Drop || f.Reason != frame.ReasonNone {
@@ -369,7 +370,8 @@ func (w *worker) moveTo(to *worker, i int32) {
 	links := *g
 	*g = *f
 	g.gen, g.next, g.place, g.strange = links.gen, links.next, links.place, 0
-	if g.flags&delayed != 0 && g.proto == frame.ProtoTCP {
+	if g.flags&(delayed|patient) != 0 && g.proto == frame.ProtoTCP {
+		g.flags &^= delayed | patient
 		to.delay(j)
 	}
 	if mark, ok := w.marks[i]; ok {

@@ -49,10 +49,12 @@ type worker struct {
 	// blocked says that all ready flows wait for buffers of the guest's.
 	blocked bool
 	looked  int64 // when events were asked for last
-	brought int   // bytes of TCP in this batch
-	frags   reassembler
-	limits  rateLimit
-	stats   Stats
+	// Since then the worker has slept, or has had frames of the guest's.
+	slept, worked bool
+	brought       int // bytes of TCP in this batch
+	frags         reassembler
+	limits        rateLimit
+	stats         Stats
 
 	// Flows that may have something for the guest, in turn, and how many of the
 	// line still do.
@@ -72,6 +74,11 @@ type worker struct {
 	// waits.
 	delayed   []flowRef
 	ackSince  int64
+	waiting   []flowRef // see tcp_turns.go
+	waitTill  uint32    // in ticks
+	answered  int
+	fresh     uint32 // the window of a new socket, and when it was looked at
+	freshAt   uint32
 	elsewhere []*frame.Frame // the worker's own, not guarded
 
 	// Buffers reserved in this turn, and how many hold frames, by pair.
@@ -311,7 +318,12 @@ func (w *worker) events(b *frame.Batch) {
 		w.full = true // there is enough to do
 		return
 	}
-	w.looked = w.now
+	if w.worked && !w.slept && !w.full && w.now-w.looked < lookEvery {
+		// What happens meanwhile ends the next sleep before it begins.
+		w.worked = false
+		return
+	}
+	w.looked, w.worked, w.slept = w.now, false, false
 	n := epollReady(w.epfd, w.evs[:])
 	w.full = n == len(w.evs)
 	for k := range w.evs[:n] {
@@ -382,6 +394,9 @@ func (q *Queue) Arm() (more bool) {
 // before.
 func (w *worker) setAlarm() {
 	next, ok := w.wheel.next()
+	if len(w.waiting) > 0 && (!ok || int32(w.waitTill-next) < 0) {
+		next, ok = w.waitTill, true
+	}
 	if !ok || w.alarm != 0 && int32(w.alarm-next) <= 0 {
 		return
 	}
@@ -395,6 +410,7 @@ func (q *Queue) Disarm() {
 	w := q.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.slept = true
 	for i := range w.rooms {
 		if r := &w.rooms[i]; r.short {
 			r.short = false
