@@ -43,6 +43,12 @@ type Worker struct {
 	others  bool
 	touched []frame.PortID
 	batch   frame.Batch
+
+	// Whether the worker has slept since the last turn, and what it was told
+	// then: see Told.
+	slept bool
+	told  []unix.EpollEvent
+	evs   [16]unix.EpollEvent
 }
 
 func newWorker(e *Engine, id, cpu int, poll PollMode, spin time.Duration) (*Worker, error) {
@@ -88,6 +94,21 @@ func (w *Worker) Wake() {
 	one := [8]byte{1}
 	// It fails only when the counter is full, and then a wake-up is due anyway.
 	_, _ = unix.Write(w.wakefd, one[:])
+}
+
+// Told says whether the worker has slept before this turn, and if so, whether a
+// watched descriptor was among those that ended that. One that is readable and
+// was not ends the next sleep. Only queues ask, in Disarm.
+func (w *Worker) Told(fd int) (told, slept bool) {
+	if !w.slept {
+		return false, false
+	}
+	for i := range w.told {
+		if w.told[i].Fd == int32(fd) {
+			return true, true
+		}
+	}
+	return false, true
 }
 
 // passBoundary returns when a turn that is under way has ended.
@@ -142,6 +163,7 @@ func (w *Worker) run() {
 			now = Now()
 			continue
 		}
+		w.slept = false
 		if w.arm() {
 			w.disarm()
 			continue
@@ -315,17 +337,18 @@ func (w *Worker) disarmOne(l *layout, q Queue) {
 
 // wait sleeps until a watched descriptor becomes readable.
 func (w *Worker) wait() {
-	var evs [16]unix.EpollEvent
 	before := Now()
 	if w.sleep.light() {
-		if n, errno := epollNap(w.epfd, evs[:]); n > 0 || errno != 0 {
+		if n, errno := epollNap(w.epfd, w.evs[:]); n > 0 || errno != 0 {
+			w.told, w.slept = w.evs[:max(n, 0)], true
 			w.woke(before)
 			return
 		}
 	}
 	// unix.EpollWait enters the kernel through Syscall6, so the runtime can
 	// hand this worker's P to others and collect garbage meanwhile.
-	_, err := unix.EpollWait(w.epfd, evs[:], -1)
+	n, err := unix.EpollWait(w.epfd, w.evs[:], -1)
+	w.told, w.slept = w.evs[:max(n, 0)], true
 	if err != nil && err != unix.EINTR {
 		w.e.log.Error("worker cannot sleep", "worker", w.id, "err", err)
 		time.Sleep(time.Millisecond)

@@ -49,12 +49,14 @@ type worker struct {
 	// blocked says that all ready flows wait for buffers of the guest's.
 	blocked bool
 	looked  int64 // when events were asked for last
-	// Since then the worker has slept, or has had frames of the guest's.
-	slept, worked bool
-	brought       int // bytes of TCP in this batch
-	frags         reassembler
-	limits        rateLimit
-	stats         Stats
+	// The worker has just slept, and what it was told then has not been taken;
+	// it has had frames of the guest's since epfd was looked at; that was just
+	// now.
+	awoke, told, worked, justLooked bool
+	brought                         int // bytes of TCP in this batch
+	frags                           reassembler
+	limits                          rateLimit
+	stats                           Stats
 
 	// Flows that may have something for the guest, in turn, and how many of the
 	// line still do.
@@ -236,6 +238,9 @@ type Watcher interface {
 	Watch(fd int) error
 	Unwatch(fd int)
 	Wake()
+	// Told says whether the worker has slept, and whether a descriptor was among
+	// those that ended that.
+	Told(fd int) (told, slept bool)
 }
 
 // Queue returns what a worker serves of the host's side.
@@ -318,12 +323,16 @@ func (w *worker) events(b *frame.Batch) {
 		w.full = true // there is enough to do
 		return
 	}
-	if w.worked && !w.slept && !w.full && w.now-w.looked < lookEvery {
+	if w.awoke && !w.told {
+		w.looked = w.now
+	}
+	w.awoke = false
+	if (w.worked || w.justLooked) && !w.told && !w.full && w.now-w.looked < lookEvery {
 		// What happens meanwhile ends the next sleep before it begins.
-		w.worked = false
+		w.worked, w.justLooked = false, w.worked && w.justLooked
 		return
 	}
-	w.looked, w.worked, w.slept = w.now, false, false
+	w.looked, w.worked, w.told, w.justLooked = w.now, false, false, true
 	n := epollReady(w.epfd, w.evs[:])
 	w.full = n == len(w.evs)
 	for k := range w.evs[:n] {
@@ -410,7 +419,12 @@ func (q *Queue) Disarm() {
 	w := q.w
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.slept = true
+	if q.watcher == nil {
+		w.told = true
+	} else if told, slept := q.watcher.Told(w.epfd); slept {
+		w.told = w.told || told
+		w.awoke, w.justLooked = true, true // if it is not told, there is nothing
+	}
 	for i := range w.rooms {
 		if r := &w.rooms[i]; r.short {
 			r.short = false

@@ -65,6 +65,8 @@ func (noWatch) Watch(int) error { return nil }
 func (noWatch) Unwatch(int)     {}
 func (noWatch) Wake()           {}
 
+func (noWatch) Told(int) (told, slept bool) { return true, true }
+
 func newWorld(t testing.TB, opts ...option) *world {
 	t.Helper()
 	c := Config{
