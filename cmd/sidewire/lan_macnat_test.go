@@ -24,22 +24,30 @@ import (
 // leads outside, and left it without an address.
 func macvlanPod(t *testing.T, mode string) (pod, outside *enginetest.NetNS, mac frame.MAC) {
 	t.Helper()
+	pod, outside, _, mac = childPod(t, "macvlan", mode)
+	return pod, outside, mac
+}
+
+// childPod is a pod with a link of a kind as net1, on a node's link "parent" that
+// leads outside.
+func childPod(t *testing.T, kind, mode string) (pod, outside, host *enginetest.NetNS, mac frame.MAC) {
+	t.Helper()
 	enginetest.Need(t, "root", "netns", "tun", "ip", "ping")
 	pod, outside = enginetest.NewNetNS(t), enginetest.NewNetNS(t)
-	host := enginetest.NewNetNS(t)
+	host = enginetest.NewNetNS(t)
 	for _, n := range []*enginetest.NetNS{pod, outside, host} {
 		require.NoError(t, n.Sysctl("net/ipv6/conf/default/accept_dad", "0"))
 	}
 	enginetest.Veth(t, host, "parent", outside, "eth0")
 	enginetest.Must(t,
-		host.Run("ip", "link", "add", "link", "parent", "name", "mv", "type", "macvlan", "mode", mode),
+		host.Run("ip", "link", "add", "link", "parent", "name", "mv", "type", kind, "mode", mode),
 		host.Run("ip", "link", "set", "mv", "netns", pod.Path, "name", "net1"),
 		pod.Up("net1"), outside.Addr("eth0", "10.9.0.250/24"), outside.Run("ip", "addr", "add", "fd09::250/64", "dev", "eth0", "nodad"),
 	)
 	atRest(t, pod, "net1")
 	mac, err := pod.MAC("net1")
 	require.NoError(t, err)
-	return pod, outside, mac
+	return pod, outside, host, mac
 }
 
 // talkers listens on a link for who sends there, until it is asked.
