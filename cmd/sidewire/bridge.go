@@ -57,6 +57,11 @@ func (b *podBridge) open(ctx context.Context, s *server, o *options, stopEngine 
 
 // openLink takes the link's place.
 func (b *podBridge) openLink(s *server, o *options) (err error) {
+	if b.kind.ByIP {
+		if err := uplink.DropGuestAddrs(b.link); err != nil {
+			return err
+		}
+	}
 	b.host, err = uplink.Delegate(uplink.DelegateConfig{
 		Link: b.link, StateDir: o.linkState(), Owner: b.name(), Guest: b.mac(), KeepMAC: b.kind.OneMAC, KeepAddrs: b.kind.ByIP,
 	})
@@ -71,8 +76,14 @@ func (b *podBridge) openLink(s *server, o *options) (err error) {
 		return err
 	}
 	s.onStop(b.up.Close)
-	if one && b.mac() != b.view.MAC {
+	// A link that delivers by IP address has to learn the guest's.
+	if one && (b.mac() != b.view.MAC || b.kind.ByIP) {
 		b.nat = engine.NewMACNAT(engine.MACNATConfig{Link: b.view.MAC, Guests: []frame.MAC{b.mac()}, Shared: b.kind.Shared}, s.engine.Workers())
+	}
+	if b.kind.ByIP {
+		if err := keepGuestAddrs(s, b.link, b.nat); err != nil {
+			return err
+		}
 	}
 	if b.links, err = uplink.WatchLinks(func(l uplink.LinkStatus) { b.linkChanged(s.log, l) }, b.link); err != nil {
 		return err
