@@ -7,10 +7,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// nap is how long a worker that has much to do may wait without Go's scheduler
-// knowing, in milliseconds. Whoever stops the world waits for it no longer than
-// until the signal that asks for it ends the nap.
-const nap = 1
+// napMost is how long a worker that has much to do may wait without Go's
+// scheduler knowing, in milliseconds. Whoever stops the world waits for it no
+// longer than until the signal that asks for it ends the nap. It is longer than
+// such sleeps are: a timer that is to go off within a millisecond is told to the
+// hardware. With 10 a wake-up and a sleep took 3.6 us of processor time in place
+// of 5.3 with 1 (two threads that wake each other, Linux 6.18 in a VM).
+const napMost = 10
 
 // epollNap waits for events like unix.EpollWait, but keeps the worker's place
 // with the scheduler. When workers sleep for fractions of a millisecond and
@@ -20,7 +23,7 @@ func epollNap(epfd int, evs []unix.EpollEvent) (int, unix.Errno) {
 	// SAFETY: evs is not empty, on the caller's stack or heap, and alive during
 	// the call.
 	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(&evs[0])),
-		uintptr(len(evs)), nap, 0, 0)
+		uintptr(len(evs)), napMost, 0, 0)
 	return int(n), errno
 }
 

@@ -96,7 +96,10 @@ func (s *stream) nap(mode PollMode) time.Duration {
 
 // light says whether the next sleep is likely to be short, because the last
 // one was.
-func (s *sleeper) light() bool { return s.last < nap*int64(time.Millisecond) }
+func (s *sleeper) light() bool { return s.last < int64(lightSleep) }
+
+// lightSleep is shorter than what the scheduler's monitor has to know of.
+const lightSleep = time.Millisecond
 
 // worked notes that a turn found frames.
 func (s *sleeper) worked(now int64) { s.since = now }
