@@ -92,6 +92,7 @@ type forwards struct {
 	places atomic.Pointer[[]*listener] // nil where there is none
 	gen    uint32                      // of the last listener; Net.mu guards it
 	hidden hidden
+	only   atomic.Uint32 // the host's one address beside the loopback, 0 if there are others or none
 }
 
 type protoPort struct {
@@ -343,7 +344,11 @@ func (l *listener) close() {
 // giveMapping makes fd the socket of the guest's UDP port. If the guest has a
 // mapping for that port already, it goes on with the new socket.
 func (n *Net) giveMapping(l *listener, fd int32) error {
-	if err := udpOptions(fd); err != nil {
+	err := udpOptions(fd)
+	if err == nil && !l.forward.Addr.IsValid() {
+		err = n.tellAddress(fd)
+	}
+	if err != nil {
 		_ = unix.Close(int(fd))
 		n.sockets.give()
 		return err
@@ -368,6 +373,9 @@ func (n *Net) giveMapping(l *listener, fd int32) error {
 	f := w.table.at(i)
 	f.fd, f.state = fd, stateMapping
 	f.flags |= forwarded
+	if !l.forward.Addr.IsValid() {
+		f.flags |= mapWild
+	}
 	w.wheel.stop(i)
 	if err := w.watch(fd, flowEvents, eventFlow, i, f.gen); err != nil {
 		w.drop(i)

@@ -26,6 +26,32 @@ func (c *segmentControl) base() *byte {
 	return (*byte)(unsafe.Pointer(c)) // SAFETY: the kernel reads Controllen bytes, the size of *c
 }
 
+// sourceControl is the control message that says which address of ours is to be
+// the source.
+type sourceControl struct {
+	hdr  unix.Cmsghdr
+	info unix.Inet4Pktinfo
+	_    [4]byte
+}
+
+const sourceControlLen = int(unsafe.Sizeof(sourceControl{}))
+
+func (c *sourceControl) init() {
+	c.hdr = unix.Cmsghdr{Level: unix.SOL_IP, Type: unix.IP_PKTINFO}
+	c.hdr.SetLen(unix.CmsgLen(unix.SizeofInet4Pktinfo))
+}
+
+// base is where the message begins, as a Msghdr wants it.
+func (c *sourceControl) base() *byte {
+	return (*byte)(unsafe.Pointer(c)) // SAFETY: the kernel reads Controllen bytes, at most the size of the sendControl that *c begins
+}
+
+// sendControl is both, one behind the other.
+type sendControl struct {
+	source  sourceControl
+	segment segmentControl
+}
+
 // nextControl takes the first control message off b, which the kernel has
 // filled. It reports false if there is none.
 func nextControl(b []byte) (level, typ int32, data, rest []byte, ok bool) {

@@ -41,24 +41,34 @@ func (s *netns) close() {
 	}
 }
 
+// enter takes the calling thread to the namespace, and leave back.
+func (s *netns) enter() error {
+	runtime.LockOSThread()
+	if err := unix.Setns(s.inside, unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	return nil
+}
+
+func (s *netns) leave() {
+	// A thread that cannot go back must not serve others: left locked, it ends
+	// with its goroutine.
+	if unix.Setns(s.home, unix.CLONE_NEWNET) == nil {
+		runtime.UnlockOSThread()
+	}
+}
+
 // socket makes a socket of IPv4 where the guest's are, which does not wait. The
 // caller has counted it. In another namespace it takes about 4 us more: a
 // socket stays in that in which it was made, so the thread goes there and
 // comes back.
 func (n *Net) socket(typ, proto int) (int32, error) {
 	if n.ns.on {
-		runtime.LockOSThread()
-		if err := unix.Setns(n.ns.inside, unix.CLONE_NEWNET); err != nil {
-			runtime.UnlockOSThread()
+		if err := n.ns.enter(); err != nil {
 			return -1, err
 		}
-		defer func() {
-			// A thread that cannot go back must not serve others: left locked, it
-			// ends with its goroutine.
-			if unix.Setns(n.ns.home, unix.CLONE_NEWNET) == nil {
-				runtime.UnlockOSThread()
-			}
-		}()
+		defer n.ns.leave()
 	}
 	fd, errno := newSocket(typ, proto)
 	if errno != 0 {

@@ -156,6 +156,7 @@ func (w *worker) udpDestination(b *frame.Batch, f *frame.Frame, i int32) bool {
 		// An answer to a client that the guest sees as the gateway.
 		if addr, port, ok := w.revealed(f.SrcPort(), dport); ok {
 			fl.setLast(dst, dport, addr, port)
+			w.chooseSource(i)
 			return true
 		}
 	}
@@ -172,6 +173,7 @@ func (w *worker) udpDestination(b *frame.Batch, f *frame.Frame, i int32) bool {
 		return false
 	}
 	fl.setLast(dst, dport, unmapped(&to.addr), to.port)
+	w.chooseSource(i)
 	return true
 }
 

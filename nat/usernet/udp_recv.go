@@ -175,6 +175,8 @@ func (rx *datagramsIn) ancillary(s int) (a ancillary) {
 			a.ttl = uint8(binary.NativeEndian.Uint32(d))
 		case level == unix.SOL_IP && typ == unix.IP_TOS && len(d) >= 1:
 			a.tos = d[0]
+		case level == unix.SOL_IP && typ == unix.IP_PKTINFO && len(d) >= unix.SizeofInet4Pktinfo:
+			a.to = binary.BigEndian.Uint32(d[8:])
 		case level == unix.SOL_IP && typ == unix.IP_ORIGDSTADDR && len(d) >= 8:
 			a.to, a.toPort = binary.BigEndian.Uint32(d[4:]), binary.BigEndian.Uint16(d[2:])
 		}
@@ -210,7 +212,11 @@ func (w *worker) fromHost(b *frame.Batch, i int32, s int) bool {
 		}
 	}
 	fl.flags |= mapAnswered
-	return w.fromPeer(b, fl, s, src, sport, rx.ancillary(s))
+	a := rx.ancillary(s)
+	if fl.flags&mapWild != 0 {
+		w.wroteTo(i, target{mapped(host), hport}, a.to, host == fl.hostAddr() && hport == fl.hostPort())
+	}
+	return w.fromPeer(b, fl, s, src, sport, a)
 }
 
 // fromPeer makes frames for a flow of what a slot holds, which the guest sees

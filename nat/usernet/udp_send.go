@@ -26,6 +26,7 @@ type outbound struct {
 	f    *frame.Frame
 	addr uint32
 	port uint16
+	src  uint32 // which address of ours it leaves from, 0 for the kernel's choice
 	opts sockOpts
 	off  int32
 	n    int32
@@ -53,12 +54,13 @@ type datagramsOut struct {
 
 	msgs  [sendMost]mmsghdr
 	names [sendMost]unix.RawSockaddrInet4
-	ctls  [sendMost]segmentControl
+	ctls  [sendMost]sendControl
 	runs  [sendMost]run
 
 	part     unix.Msghdr
 	partName unix.RawSockaddrInet4
 	partIovs [partMost]unix.Iovec
+	partCtl  sourceControl
 }
 
 // run is the datagrams that one message sends.
@@ -69,9 +71,11 @@ type run struct {
 
 func newDatagramsOut() *datagramsOut {
 	t := &datagramsOut{touched: make([]int32, 0, frame.BatchMax)}
+	t.partCtl.init()
 	for k := range t.msgs {
 		t.names[k].Family = unix.AF_INET
-		t.ctls[k].init()
+		t.ctls[k].source.init()
+		t.ctls[k].segment.init()
 		h := &t.msgs[k].hdr
 		h.Name, h.Namelen = nameOf(&t.names[k]), unix.SizeofSockaddrInet4
 	}
@@ -91,7 +95,7 @@ func (w *worker) sendLater(f *frame.Frame, i int32, off, n int) {
 		return
 	}
 	fl := w.table.at(i)
-	t.wait[t.waiting] = outbound{f: f, addr: fl.hostAddr(), port: fl.hostPort(), opts: optsOf(f), off: int32(off), n: int32(n)}
+	t.wait[t.waiting] = outbound{f: f, addr: fl.hostAddr(), port: fl.hostPort(), src: fl.source(), opts: optsOf(f), off: int32(off), n: int32(n)}
 	t.waiting++
 	if fl.sndUna == 0 {
 		fl.sndUna = uint32(t.waiting)
@@ -165,10 +169,16 @@ func (w *worker) sendSome(b *frame.Batch, i, next int32) int32 {
 		h.SetIovlen(iovs - start)
 		h.Control = nil
 		h.SetControllen(0)
-		if r.cut {
-			t.ctls[msgs].size = uint16(size)
-			h.Control = t.ctls[msgs].base()
+		if c := &t.ctls[msgs]; r.cut {
+			c.segment.size = uint16(size)
+			h.Control = c.segment.base()
 			h.SetControllen(segmentControlLen)
+		}
+		if p.src != 0 {
+			c := &t.ctls[msgs].source
+			binary.BigEndian.PutUint32(c.info.Spec_dst[:], p.src)
+			h.Control = c.base()
+			h.SetControllen(sourceControlLen + int(h.Controllen))
 		}
 		msgs++
 	}
@@ -190,7 +200,7 @@ func (w *worker) extend(r *run, iovs int, next int32) (used int, after int32) {
 	total := p.n
 	for next != 0 && p.n > 0 && r.count < segmentsMost {
 		q := &t.wait[next-1]
-		if q.addr != p.addr || q.port != p.port || q.opts != p.opts || q.f.GSO != frame.GSONone || q.n == 0 || q.n > p.n || total+q.n > segmentedMost {
+		if q.addr != p.addr || q.port != p.port || q.src != p.src || q.opts != p.opts || q.f.GSO != frame.GSONone || q.n == 0 || q.n > p.n || total+q.n > segmentedMost {
 			break
 		}
 		k := pieces(w.iovs[iovs:], q, 0, int(q.n))
@@ -329,6 +339,11 @@ func (w *worker) sendPart(i int32, p *outbound, skip, n int) unix.Errno {
 	binary.BigEndian.PutUint32(name.Addr[:], p.addr)
 	t.part = unix.Msghdr{Name: nameOf(name), Namelen: unix.SizeofSockaddrInet4, Iov: &t.partIovs[0]}
 	t.part.SetIovlen(k)
+	if p.src != 0 {
+		binary.BigEndian.PutUint32(t.partCtl.info.Spec_dst[:], p.src)
+		t.part.Control = t.partCtl.base()
+		t.part.SetControllen(sourceControlLen)
+	}
 	for tries := 0; ; tries++ {
 		_, errno := sendmsg(w.table.at(i).fd, &t.part, 0)
 		if errno == 0 || tries == 2 || !mayBeEarlier(errno) {
