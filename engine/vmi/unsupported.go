@@ -39,7 +39,7 @@ func Unsupported(docs Docs) []Fault {
 func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format string, args ...any)) {
 	for _, b := range f.Bindings {
 		switch b {
-		case Masquerade, Slirp, Bridge, Macvtap, Passt: // the last is refused by Validate
+		case Masquerade, Slirp, Bridge, Macvtap, SRIOV, Passt: // the last is refused by Validate
 		case PluginBound:
 			say(at+".binding", "binding plugin %s; use masquerade: {}", f.Plugin)
 		default:
