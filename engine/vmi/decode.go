@@ -2,6 +2,7 @@ package vmi
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -247,6 +248,12 @@ func (d *decoder) number(n *yaml.Node, path string) int64 {
 		return 0
 	}
 	v, err := strconv.ParseInt(n.Value, 0, 64)
+	if n.Tag == "!!float" { // 80.0 and 1e3 are whole
+		f, ferr := strconv.ParseFloat(n.Value, 64)
+		if ferr == nil && f == math.Trunc(f) && math.Abs(f) < 1<<53 {
+			return int64(f)
+		}
+	}
 	if err != nil || n.Tag != "!!int" {
 		if _, plain := strconv.ParseInt(n.Value, 0, 64); plain == nil {
 			d.fault(n, path, "must be a whole number, found the text %q; remove the quotes", n.Value)
@@ -274,15 +281,23 @@ func (d *decoder) boolean(n *yaml.Node, path string) bool {
 		return false
 	}
 	if n.Style&(yaml.SingleQuotedStyle|yaml.DoubleQuotedStyle) == 0 {
-		switch strings.ToLower(n.Value) {
-		case "true", "yes", "on", "y":
-			return true
-		case "false", "no", "off", "n":
-			return false
+		if b, ok := oldBoolean(n.Value); ok {
+			return b
 		}
 	}
 	d.fault(n, path, "must be true or false, found %q", n.Value)
 	return false
+}
+
+// oldBoolean reads a boolean as YAML 1.1 spells it, which is what KubeVirt's reader does.
+func oldBoolean(s string) (value, ok bool) {
+	switch s {
+	case "y", "Y", "yes", "Yes", "YES", "true", "True", "TRUE", "on", "On", "ON":
+		return true, true
+	case "n", "N", "no", "No", "NO", "false", "False", "FALSE", "off", "Off", "OFF":
+		return false, true
+	}
+	return false, false
 }
 
 func kindName(n *yaml.Node) string {

@@ -99,6 +99,7 @@ func (c *checker) check() {
 	for i := range c.Spec.Networks {
 		c.networks[c.Spec.Networks[i].Name] = &c.Spec.Networks[i]
 	}
+	c.discontinued()
 	if c.Path == "spec" {
 		c.networkRules()
 		c.hostNames()
@@ -116,10 +117,9 @@ func (c *checker) check() {
 	c.ownRules()
 }
 
-// networkRules is V1 to V42, V47 and V48.
+// networkRules is V1 to V14, V18 to V42, V47 and V48.
 func (c *checker) networkRules() {
 	c.listSizes()
-	c.discontinued()
 	c.podNetworks()
 	c.networkTypes()
 	c.multusNames()

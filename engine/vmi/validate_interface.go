@@ -167,7 +167,7 @@ func (c *checker) interfaceHoles(i int) {
 	f := &c.Spec.Interfaces[i]
 	at := c.interfacePath(i)
 	pod := c.network(f.Name).Pod != nil
-	if f.has(SRIOV) && pod {
+	if f.has(SRIOV) && pod && !c.faulty(at, c.Path+".networks", c.Path+".interfaces") {
 		c.fail(at+".name", "SR-IOV interface cannot be connected to the pod network; refer to a multus network")
 	}
 	if m := parseMAC(f.MAC); m != nil {
@@ -203,6 +203,14 @@ func (c *checker) interfaceHoles(i int) {
 		c.portsTwice(f, at)
 	}
 	c.dhcpLengths(f, at)
+}
+
+// faulty says whether there is a fault already in one of the fields or below: what has to be changed there may well
+// mend the rest.
+func (c *checker) faulty(fields ...string) bool {
+	return slices.ContainsFunc(c.faults, func(f Fault) bool {
+		return slices.ContainsFunc(fields, func(field string) bool { return strings.HasPrefix(f.Field, field) })
+	})
 }
 
 func (c *checker) portsTwice(f *InterfaceSpec, at string) {
