@@ -128,8 +128,9 @@ type opening struct {
 	tcp    tcpWord // state and opener
 }
 
-// open enters a flow in the table. The place in the limits and the reference
-// to the external port, which the caller took, are given back if that fails.
+// open enters a flow in the table. The place in the limits and the references to
+// the external port and to a number in the place of the remote address, which
+// the caller took, are given back if that fails.
 func (m *Masquerade) open(o *opening, now int64) (ref, frame.DropReason) {
 	r, made := m.table.insert(o.tuple, m.cfg.Filtering == AddressDependent, func(f *flow, slot, generation uint32) {
 		f.seen.Store(seconds(now))
@@ -155,6 +156,9 @@ func (m *Masquerade) open(o *opening, now int64) (ref, frame.DropReason) {
 		m.stats.created.Add(1)
 		m.rouse()
 		return r, frame.ReasonNone
+	}
+	if m.remotes != nil {
+		m.remotes.release(o.remote)
 	}
 	o.g.forget(kindOf(o.proto))
 	if o.pinned {
@@ -188,6 +192,9 @@ func (m *Masquerade) end(r ref, now int64, expired func(f *flow) bool) bool {
 	}
 	u := tupleOf(r.w0, r.w1)
 	g := m.guests[u.guest]
+	if m.remotes != nil {
+		m.remotes.release(u.remote)
+	}
 	if w.state() == tcpInit {
 		g.half[w.opener()].Add(-1)
 	}

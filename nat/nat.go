@@ -22,6 +22,8 @@
 //     errors and TCP resets refresh nothing (RFC 7857 section 7).
 //   - No payload is ever rewritten (RFC 4787 REQ-10), no live flow is ever
 //     evicted (RFC 6888 REQ-11).
+//
+// A [Masquerade6] is the same for IPv6.
 package nat
 
 import (
@@ -189,6 +191,7 @@ type Masquerade struct {
 	frags    fragTable // inbound
 	hopErrs  bucket    // ICMP errors to the outside
 	stats    counters
+	remotes  *addrTable // what remote addresses are numbers of; nil: they are addresses
 	asleep   atomic.Bool
 	wake     chan struct{}
 }
