@@ -30,8 +30,8 @@ type MigrationStatus struct {
 
 // migration is KubeVirt's rule: a guest that has the pod's own address cannot
 // keep it on another node.
-func migration(i vmi.Interface) *MigrationStatus {
-	if i.Binding == vmi.Bridge && i.Network.Pod {
+func migration(vm vmi.VM, i vmi.Interface) *MigrationStatus {
+	if i.Binding == vmi.Bridge && i.Network.Pod && !vm.MigrateBridge {
 		return &MigrationStatus{Why: "cannot migrate VMI which does not use masquerade or a migratable plugin to connect to the pod network"}
 	}
 	return &MigrationStatus{Possible: true}
@@ -42,7 +42,7 @@ func (b *podBridge) forwards() []forwardRequest { return nil }
 func (b *podBridge) status(*server) InterfaceStatus {
 	st := b.nic.status()
 	v := &b.view.Saved
-	st.MAC, st.MTU, st.Link, st.Links, st.Migration = b.mac().String(), v.MTU, b.link, b.links.Status(), migration(b.iface)
+	st.MAC, st.MTU, st.Link, st.Links, st.Migration = b.mac().String(), v.MTU, b.link, b.links.Status(), migration(b.vm, b.iface)
 	st.Taken = &TakenStatus{
 		LinkMAC: v.MAC, NowMAC: v.StandIn, Addresses: append(append([]netip.Prefix{}, v.Addrs...), v.Addrs6...),
 		Routes: append([]uplink.LinkRoute{}, v.Routes...), Silence: b.host.Silence(), StateFile: b.host.StateFile(), Resumed: b.host.Resumed,

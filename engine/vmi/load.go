@@ -235,7 +235,7 @@ func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, a
 func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 	v := VMI{Kind: kind, File: d.file, Line: root.Line, Path: "spec", lines: map[string]int{}}
 	d.vmi = &v
-	istio := "" // of the document itself
+	var own annotations // of the document itself
 	first := len(d.faults)
 	read := func(n *yaml.Node, p string) {
 		d.spec(n, p, &v.Spec, fields{})
@@ -244,12 +244,12 @@ func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 		read = func(n *yaml.Node, p string) { d.spec(n, p, &v.Spec, d.template(&v)) }
 	}
 	d.object(root, "", false, fields{
-		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, d.istio(&istio)) },
+		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, d.annotations(&own)) },
 		"spec":     read,
 	})
 	v.named = v.Name != ""
 	if v.Path == "spec" {
-		v.istio = istio
+		v.annotations = own
 	}
 	d.vmi = nil
 	// The name may come after the faults.
@@ -264,7 +264,7 @@ func (d *decoder) template(v *VMI) fields {
 	return fields{"template": func(n *yaml.Node, p string) {
 		var name, namespace string
 		d.object(n, p, false, fields{
-			"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &name, &namespace, d.istio(&v.istio)) },
+			"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &name, &namespace, d.annotations(&v.annotations)) },
 			"spec": func(n *yaml.Node, p string) {
 				v.Path, v.Spec = p, Spec{}
 				d.spec(n, p, &v.Spec, fields{})
@@ -273,12 +273,22 @@ func (d *decoder) template(v *VMI) fields {
 	}}
 }
 
-// istio notes in at the path of the annotation that asks for Istio's proxy beside the guest. Of the other annotations
-// none concerns us.
-func (d *decoder) istio(at *string) func(key string, n *yaml.Node, path string) {
+// annotations is what a VMI's annotations say that concerns us.
+type annotations struct {
+	istio         string // path of the one that asks for Istio's proxy beside the guest, empty if none does
+	migrateBridge bool   // a bridge on the pod network is no reason not to migrate, whatever its value
+}
+
+// annotations notes in to what concerns us.
+func (d *decoder) annotations(to *annotations) func(key string, n *yaml.Node, path string) {
 	return func(key string, n *yaml.Node, path string) {
-		if key == "sidecar.istio.io/inject" && strings.EqualFold(d.text(n, path), "true") {
-			*at = path
+		switch key {
+		case "sidecar.istio.io/inject":
+			if strings.EqualFold(d.text(n, path), "true") {
+				to.istio = path
+			}
+		case "kubevirt.io/allow-pod-bridge-network-live-migration":
+			to.migrateBridge = true
 		}
 	}
 }

@@ -17,6 +17,8 @@ type VM struct {
 	NetNS     string // network namespace of its own (FILE@NETNS), empty for the run's
 	Hostname  string // spec.hostname, else the name
 	Subdomain string
+	// MigrateBridge says that the guest may be migrated although it has a bridge on the pod network.
+	MigrateBridge bool
 
 	VCPUs    int
 	Topology CPU    // as domain.cpu has it with 1 for what is not said; all 0 if nothing is
@@ -151,7 +153,8 @@ func (v *VMI) plan() VM {
 	}
 	vm := VM{
 		Name: v.Name, Namespace: v.Namespace, NetNS: v.NetNS, Hostname: s.Hostname, Subdomain: s.Subdomain,
-		VCPUs: int(min(max(cpus, 1), maxVCPUs)), Memory: uint64(max(memory, 0)),
+		MigrateBridge: v.migrateBridge,
+		VCPUs:         int(min(max(cpus, 1), maxVCPUs)), Memory: uint64(max(memory, 0)),
 	}
 	if s.CPU != (CPU{}) {
 		vm.Topology = CPU{max(s.CPU.Sockets, 1), max(s.CPU.Cores, 1), max(s.CPU.Threads, 1)}

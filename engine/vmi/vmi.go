@@ -117,8 +117,8 @@ type VMI struct {
 	Path      string // KubeVirt's field prefix: "spec" or "spec.template.spec"
 	Spec      Spec
 
-	named bool           // the name is metadata.name
-	istio string         // path of the annotation that asks for Istio's proxy, empty if none does
+	named bool // the name is metadata.name
+	annotations
 	lines map[string]int // field path to line
 }
 
