@@ -221,9 +221,7 @@ func (d *Device) begin(uc *net.UnixConn) error {
 	d.sessions.Add(1)
 	d.comings.log(d.log.Info, "frontend connected")
 	d.updateState()
-	if d.link.asked = time.Now(); d.link.down {
-		d.awaitSettled()
-	}
+	d.asks()
 	frame.Go(s.run)
 	return nil
 }

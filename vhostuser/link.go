@@ -3,6 +3,7 @@ package vhostuser
 import (
 	"context"
 	"os"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -14,13 +15,19 @@ import (
 // takes its socket away, and QEMU, which tries again without end, takes the link
 // up when it finds the socket back.
 //
-// But QEMU does not start without a backend. The connection of a frontend that
+// But QEMU does not start without a backend, and what a guest's driver negotiates
+// while there is none never gets to the next one (QEMU keeps the features of the
+// connection that ended, net/vhost-user.c). The connection of a frontend that
 // comes while the link is down is therefore served, with rings that do not run,
-// until nothing is asked over it any more: that is before the guest runs. It is
-// known who that was; when its process ends, the next may come.
+// until the driver has set its queues up and nothing is asked any more; only then
+// it ends. That is when the driver starts, before anybody in the guest uses the
+// link. A driver that starts again while the link is down has to be the same one:
+// a boot ROM or firmware that drives the NIC before the guest's own does is in the
+// way of that. It is known who the frontend was; when its process ends, the next
+// may come.
 
-// settleTime is how long a frontend asks nothing when it has asked all that it
-// needs to start its guest. QEMU asks all of it within a millisecond or two.
+// settleTime is how long a frontend asks nothing when it has asked all that the
+// start of a driver takes. QEMU asks all of it within a few milliseconds.
 const settleTime = 250 * time.Millisecond
 
 // link is the state that the guest's link is to have. Device.mu guards it.
@@ -93,17 +100,34 @@ func (d *Device) unpark() {
 func (d *Device) awaitSettled() {
 	l, s := &d.link, d.ses
 	l.stopSettling()
+	l.settle = nil
+	if !d.driven() {
+		return // what it asks next comes here again
+	}
 	l.settle = time.AfterFunc(max(settleTime-time.Since(l.asked), 0), func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		switch {
 		case !l.down || d.ses != s || d.closed || d.moved:
-		case time.Since(l.asked) < settleTime:
+		case time.Since(l.asked) < settleTime || !d.driven():
 			d.awaitSettled()
 		default:
 			d.park(s)
 		}
 	})
+}
+
+// driven says whether the guest's driver has set a queue up. d.mu is held.
+func (d *Device) driven() bool {
+	return d.featuresSet && slices.ContainsFunc(d.rings, func(r *ring) bool { return r.started && r.hasAddr })
+}
+
+// asks notes that the frontend asked for something. d.mu is held.
+func (d *Device) asks() {
+	l := &d.link
+	if l.asked = time.Now(); l.down && l.settle == nil && d.ses != nil {
+		d.awaitSettled()
+	}
 }
 
 // park ends the session and the socket. d.mu is held.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"time"
 
 	"sidewire/engine/frame"
@@ -48,7 +49,7 @@ func (s *session) run() {
 	}
 	_ = s.conn.uc.Close()
 	d.endSession(s)
-	if errors.Is(err, io.EOF) {
+	if errors.Is(err, io.EOF) || d.link.parked && errors.Is(err, net.ErrClosed) {
 		err = nil
 	}
 	if err != nil {
@@ -110,7 +111,7 @@ func (s *session) dispatch(sp *spec, m *message) (err error) {
 	d := s.dev
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.link.asked = time.Now()
+	defer d.asks()
 	defer func() {
 		if r := recover(); r != nil {
 			if addr, ok := frame.FaultAddr(r); !ok || !d.Fault(addr) {

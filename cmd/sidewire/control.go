@@ -50,8 +50,9 @@ type controller interface {
 	FDB() []StationStatus
 	Flows(limit int) FlowList
 	Forwards() map[string][]forwardRequest
-	AddForward(forwardRequest) error
-	RemoveForward(forwardRequest) error
+	AddForward(*forwardRequest) error
+	RemoveForward(*forwardRequest) error
+	SetLink(*linkRequest) error // names the interface if the request does not
 }
 
 // serveControl listens on path and serves until ctx ends. It returns when the
@@ -181,28 +182,31 @@ func controlHandler(c controller) http.Handler {
 	mux.HandleFunc("GET /"+apiVersion+"/forwards", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.Forwards())
 	})
-	change := func(do func(forwardRequest) error) http.HandlerFunc {
-		return func(w http.ResponseWriter, r *http.Request) {
-			var req forwardRequest
-			dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
-			dec.DisallowUnknownFields()
-			if err := dec.Decode(&req); err != nil {
-				answer(w, http.StatusBadRequest, apiError{"body: " + err.Error()})
-				return
-			}
-			if err := do(req); err != nil {
-				answer(w, http.StatusConflict, apiError{err.Error()})
-				return
-			}
-			answer(w, http.StatusOK, c.Forwards())
-		}
-	}
-	mux.HandleFunc("POST /"+apiVersion+"/forwards", change(c.AddForward))
-	mux.HandleFunc("DELETE /"+apiVersion+"/forwards", change(c.RemoveForward))
+	mux.HandleFunc("POST /"+apiVersion+"/forwards", change(c.AddForward, func(forwardRequest) any { return c.Forwards() }))
+	mux.HandleFunc("DELETE /"+apiVersion+"/forwards", change(c.RemoveForward, func(forwardRequest) any { return c.Forwards() }))
+	mux.HandleFunc("POST /"+apiVersion+"/link", change(c.SetLink, func(r linkRequest) any { return r }))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusNotFound, apiError{fmt.Sprintf("%s %s is not part of the control API %s", r.Method, r.URL.Path, apiVersion)})
 	})
 	return mux
+}
+
+// change handles a request that changes something, and answers with what is then.
+func change[T any](do func(*T) error, then func(T) any) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var req T
+		dec := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody))
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&req); err != nil {
+			answer(w, http.StatusBadRequest, apiError{"body: " + err.Error()})
+			return
+		}
+		if err := do(&req); err != nil {
+			answer(w, http.StatusConflict, apiError{err.Error()})
+			return
+		}
+		answer(w, http.StatusOK, then(req))
+	}
 }
 
 func answer(w http.ResponseWriter, code int, v any) {

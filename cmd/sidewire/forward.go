@@ -48,21 +48,21 @@ type forwarder interface {
 }
 
 // AddForward implements controller.
-func (s *server) AddForward(r forwardRequest) error {
-	n, proto, err := s.find(r)
+func (s *server) AddForward(r *forwardRequest) error {
+	n, proto, err := s.find(*r)
 	if err != nil {
 		return err
 	}
-	return n.addForward(r, proto)
+	return n.addForward(*r, proto)
 }
 
 // RemoveForward implements controller.
-func (s *server) RemoveForward(r forwardRequest) error {
-	n, proto, err := s.find(r)
+func (s *server) RemoveForward(r *forwardRequest) error {
+	n, proto, err := s.find(*r)
 	if err != nil {
 		return err
 	}
-	return n.removeForward(r, proto)
+	return n.removeForward(*r, proto)
 }
 
 func (n *podNIC) addForward(r forwardRequest, proto uint8) error {

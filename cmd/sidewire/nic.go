@@ -65,6 +65,7 @@ func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.M
 		if err != nil {
 			return cannot("%w", err)
 		}
+		n.stream.SetLink(n.iface.State != vmi.Down)
 		s.onStop(n.stream.Close)
 		n.port, err = s.engine.AddPort(n.name()+" guest", n.stream)
 		return err
@@ -76,6 +77,9 @@ func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.M
 	})
 	if err != nil {
 		return cannot("%w", err)
+	}
+	if err := n.device.SetLink(n.iface.State != vmi.Down); err != nil {
+		return err
 	}
 	s.onStop(n.device.Close)
 	n.port, err = s.engine.AddPort(n.name()+" guest", n.device)

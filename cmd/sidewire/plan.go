@@ -66,9 +66,6 @@ func planAll(o *options, vms []vmi.VM) (*plan, error) {
 			}
 		}
 	}
-	if len(p.all) == 0 {
-		return nil, badInput("the VMIs have no interface to serve")
-	}
 	return p, errors.Join(checkLinks(p), checkBridges(p), checkUserFlags(o, p), p.planFunctions(o, vms))
 }
 

@@ -31,6 +31,7 @@ type Status struct {
 	Memory     uint64               `json:"memory_bytes"` // that sidewire owns, without the guests'
 	Workers    []engine.WorkerStats `json:"workers"`
 	Interfaces []InterfaceStatus    `json:"interfaces"`
+	Machines   []MachineStatus      `json:"machines"` // the same as KubeVirt shows it
 	Switches   []SwitchStatus       `json:"switches,omitempty"`
 	Ports      []engine.PortStats   `json:"ports"`
 }
@@ -82,6 +83,7 @@ func (s *server) Status() Status {
 	for _, n := range open {
 		st.Interfaces = append(st.Interfaces, n.status(s))
 	}
+	st.Machines = machines(open, st.Interfaces)
 	for _, l := range lans {
 		st.Switches = append(st.Switches, l.status())
 	}
@@ -106,7 +108,7 @@ func (n *nic) status() InterfaceStatus {
 	} else {
 		st.Device = n.device.Status()
 	}
-	st.LinkState = linkState(st.Device.State)
+	st.LinkState = n.linkState(st.Device.State != vhostuser.Disconnected)
 	if n.dhcp != nil {
 		st.Leases, st.DHCP = n.dhcp.Leases(), n.dhcp.Stats()
 	}
@@ -123,15 +125,6 @@ func (n *podNIC) status(s *server) InterfaceStatus {
 	st.Guest, st.Gateway, st.MAC = n.iface.Network.Guest, n.iface.Network.Gateway, nat.Guests[n.index].MAC
 	st.DNS, st.NAT, st.Forwards = n.dns.status(), &nat, n.forwards()
 	return st
-}
-
-// linkState is what QEMU shows the guest: it takes the link down while there is
-// no backend.
-func linkState(st vhostuser.State) string {
-	if st == vhostuser.Disconnected {
-		return "down"
-	}
-	return "up"
 }
 
 // ownMemory is the anonymous memory of this process in bytes, 0 if the kernel

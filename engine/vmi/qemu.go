@@ -21,7 +21,12 @@ func (v QEMUVersion) Less(major, minor int) bool {
 	return v.Major < major || v.Major == major && v.Minor < minor
 }
 
-func (v QEMUVersion) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
+func (v QEMUVersion) String() string {
+	if v == (QEMUVersion{}) {
+		return "of a version that is not known"
+	}
+	return fmt.Sprintf("%d.%d", v.Major, v.Minor)
+}
 
 var qemuVersion = regexp.MustCompile(`version (\d{1,3})\.(\d{1,3})`)
 
@@ -82,6 +87,9 @@ func QEMUArgs(vm VM, o QEMUOptions) (args, notes []string, err error) {
 	b := &qemuArgs{o: o}
 	b.memory(vm)
 	b.smp(vm)
+	if len(vm.Interfaces) == 0 {
+		b.arg("-nic", "none") // QEMU adds one of its own otherwise
+	}
 	if err := b.nics(vm); err != nil {
 		return nil, nil, err
 	}
@@ -151,6 +159,9 @@ func (b *qemuArgs) smp(vm VM) {
 }
 
 func (b *qemuArgs) add(i Interface) error {
+	if i.Model == "igb" && b.o.Version.Less(8, 0) {
+		return fmt.Errorf("model igb: QEMU has it from 8.0 on, and this is %s; use model e1000e, or name another QEMU", b.o.Version)
+	}
 	if b.o.Handoff != nil {
 		if netdev, device, ok := b.o.Handoff(i); ok {
 			if netdev == "" && len(device) == 0 {
@@ -161,6 +172,7 @@ func (b *qemuArgs) add(i Interface) error {
 		}
 	}
 	path := i.SocketPath(b.o.SocketDir)
+	b.down(i)
 	switch {
 	case len(path) > maxSocketPath:
 		return fmt.Errorf("socket path %s is longer than %d bytes; choose a shorter --socket-dir", path, maxSocketPath)
@@ -202,6 +214,14 @@ func (b *qemuArgs) handoff(i Interface, netdev string, device []string) {
 	}
 	d = append(d, fmt.Sprintf("vectors=%d", 2*i.QueuePairs+2), "rx_queue_size=1024")
 	b.arg("-device", strings.Join(b.place(i, b.virtio(i, d)), ","))
+}
+
+// down says what a guest sees of a link that is down. Where it is ours QEMU shows it by itself.
+func (b *qemuArgs) down(i Interface) {
+	if i.State == Down && i.Model != "virtio" {
+		b.note("interface %s is down: no frame passes, but a NIC of model %s shows the guest a link; {\"execute\": \"set_link\", \"arguments\": {\"name\": %q, \"up\": false}} on QEMU's monitor takes that away",
+			i.Name, i.Model, i.NetdevID())
+	}
 }
 
 // stream is who dials, and whether again, for a NIC that is not virtio.

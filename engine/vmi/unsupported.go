@@ -46,8 +46,8 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 			say(at+"."+string(b), "binding %s; use masquerade: {}", b)
 		}
 	}
-	if f.State == "down" {
-		say(at+".state", "state down; use up")
+	if f.State == Down && f.has(Macvtap) {
+		say(at+".state", "state down of a macvtap; use up, and QEMU's set_link")
 	}
 }
 
@@ -56,7 +56,7 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 func (v *VMI) istioMissing() string {
 	text := "not supported yet: the guest's traffic does not pass Istio's proxy, in neither direction"
 	for i := range v.Spec.Interfaces {
-		if f := &v.Spec.Interfaces[i]; f.has(Masquerade) && len(f.Ports) == 0 {
+		if f := &v.Spec.Interfaces[i]; f.has(Masquerade) && len(f.Ports)+len(f.PortRanges) == 0 {
 			return text + "; as no ports are listed, the guest also takes those of the proxy (15000, 15001, 15004, 15006, " +
 				"15008, 15009, 15020, 15021, 15053, 15090), from outside and on 127.0.0.1: list the guest's ports"
 		}

@@ -387,7 +387,6 @@ func TestUnsupported(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, []string{
 		i0 + ".passtBinding: not supported yet: binding passtBinding; use masquerade: {}",
-		i0 + ".state: not supported yet: state down; use up",
 		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
 	}, lines(Unsupported(docs)))
 
