@@ -2,6 +2,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"math"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -24,7 +25,9 @@ import (
 //
 // With one guest everything unicast is for it. With several, what is neither
 // IP nor ARP, and what is for an IP address that no guest has shown, is for
-// nobody.
+// nobody. Of an IPv4 address guests are asked then: others may remember it for
+// hours, and send to it after we have started anew. Over IPv6 they ask by
+// themselves (RFC 4861, 7.3).
 //
 // Limits: a signature over a neighbour discovery message (SEND, RFC 3971) does
 // not survive; nor does anything that carries a hardware address in its
@@ -79,6 +82,8 @@ type MACNAT struct {
 	fixed atomic.Bool
 	given uint64 // what was configured of it
 
+	asked bucket // of questions to guests
+
 	host    atomic.Pointer[map[netip.Addr]struct{}]
 	table   *natTable
 	workers []*natWork
@@ -105,6 +110,7 @@ func NewMACNAT(c MACNATConfig, workers int) *MACNAT {
 		n.given = macKey(c.Guests[0], 0)
 		n.only.Store(n.given)
 	}
+	n.asked.paid.Store(math.MinInt64)
 	n.SetHost(c.Host)
 	for range workers {
 		n.workers = append(n.workers, new(natWork))
@@ -391,7 +397,7 @@ func (n *MACNAT) Process(b *frame.Batch) {
 		if k != last || lastMAC == 0 {
 			last, lastMAC = k, n.guest(k)
 		}
-		n.forOne(f, typ, off, vlan, lastMAC, sec)
+		n.forOne(f, typ, off, vlan, lastMAC, b.Now)
 	}
 }
 
@@ -442,10 +448,10 @@ func (n *MACNAT) guest(k natKey) uint64 {
 }
 
 // forOne gives a unicast frame to the guest that has its IP address.
-func (n *MACNAT) forOne(f *frame.Frame, typ uint16, off int, vlan uint16, mac uint64, sec uint32) {
+func (n *MACNAT) forOne(f *frame.Frame, typ uint16, off int, vlan uint16, mac uint64, now int64) {
 	switch typ {
 	case frame.TypeIPv4:
-		if g := n.inDHCP(f, off, sec); g != 0 {
+		if g := n.inDHCP(f, off, second(now)); g != 0 {
 			mac = g
 		}
 	case frame.TypeIPv6:
@@ -459,9 +465,12 @@ func (n *MACNAT) forOne(f *frame.Frame, typ uint16, off int, vlan uint16, mac ui
 	case toHost:
 		f.Out = frame.Consumed
 	case 0:
-		if typ == frame.TypeIPv4 || typ == frame.TypeIPv6 || typ == frame.TypeARP {
+		switch typ {
+		case frame.TypeIPv4:
+			n.ask(f, off, now)
+		case frame.TypeIPv6, frame.TypeARP:
 			f.Drop(frame.NoRoute)
-		} else {
+		default:
 			f.Drop(frame.NotCarried)
 		}
 	default:

@@ -47,6 +47,31 @@ func (n *MACNAT) inARP(f *frame.Frame, off int, mac uint64) {
 	}
 }
 
+// askLimit bounds the questions to guests: what is sent to the link's address may
+// be for the host to forward.
+var askLimit = newStormLimit(200)
+
+// ask makes of an IPv4 packet for an address that nobody has shown the
+// question who has it, from the packet's sender. The packet is lost; the answer
+// teaches us for the next.
+func (n *MACNAT) ask(f *frame.Frame, off int, now int64) {
+	from, to := key4(f.Head[off+12:], 0), key4(f.Head[off+16:], 0)
+	if !from.unicast() || !to.unicast() || !n.asked.take(askLimit, now) {
+		f.Drop(frame.NoRoute)
+		return
+	}
+	f.Tail, f.Offload, f.RxAt, f.RxBufs = nil, frame.Offload{}, 0, 0
+	f.HeadLen, f.Len = uint16(off+arpLen), int32(off+arpLen)
+	copy(f.Head[:], frame.Broadcast[:])
+	binary.BigEndian.PutUint16(f.Head[off-2:], frame.TypeARP)
+	h := f.Head[off : off+arpLen]
+	copy(h, []byte{0, 1, 8, 0, 6, 4, 0, 1})
+	copy(h[arpSender:], f.Head[6:12])
+	binary.BigEndian.PutUint32(h[arpSenderIP:], uint32(from.lo))
+	putMAC(h[arpTarget:], 0)
+	binary.BigEndian.PutUint32(h[arpTargetIP:], uint32(to.lo))
+}
+
 // icmp6At returns where the ICMPv6 message of an IPv6 packet begins, as far as
 // that lies in Head; 0 if there is none, or only a part of one.
 func icmp6At(f *frame.Frame, off int) int {

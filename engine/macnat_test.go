@@ -327,9 +327,9 @@ func TestMACNATUnicastByAddress(t *testing.T) {
 		frame []byte
 		want  frame.DropReason
 	}{
-		"unknown IPv4":    {udp(in, ip4Out, netip.MustParseAddr("10.0.0.9")), frame.NoRoute},
+		"unknown IPv4":    {udp(in, ip4None, netip.MustParseAddr("10.0.0.9")), frame.NoRoute},
 		"unknown IPv6":    {udp(in, ip6Out, netip.MustParseAddr("fe80::9")), frame.NoRoute},
-		"another VLAN":    {tag(udp(in, ip4Out, ip4G1), typeVLAN, 5), frame.NoRoute},
+		"another VLAN":    {tag(udp(in, ip6Out, ip6G1), typeVLAN, 5), frame.NoRoute},
 		"not IP":          {eth(linkMAC, outMAC, 0), frame.NotCarried},
 		"foreign":         {udp(enginetest.Eth{Src: outMAC, Dst: guest1}, ip4Out, ip4G1), frame.ForeignMAC},
 		"own reflection":  {udp(enginetest.Eth{Src: linkMAC, Dst: frame.Broadcast}, ip4G1, ip4Limit), frame.BadSource},
@@ -342,6 +342,33 @@ func TestMACNATUnicastByAddress(t *testing.T) {
 	}
 	bcast := udp(enginetest.Eth{Src: outMAC, Dst: frame.Broadcast}, ip4Out, ip4Limit)
 	assert.Equal(t, [][]byte{bcast, bcast}, b.in(bcast), "what is for all is for all, as it is")
+}
+
+// After a new start others send to IPv4 addresses that no guest has shown yet: the
+// guests are asked, and who answers gets the next packet.
+func TestMACNATAsks(t *testing.T) {
+	for _, vlan := range []uint16{0, 5} {
+		b := newNATBed(t, MACNATConfig{}, twoGuests()...)
+		in := enginetest.Eth{Src: outMAC, Dst: linkMAC, VLAN: vlan}
+		packet := enginetest.UDPFrame(in, enginetest.IP{Src: ip4Out, Dst: ip4G2}, enginetest.UDP{Src: 5, Dst: 6}, make([]byte, 900))
+		question := enginetest.ARPFrame(enginetest.Eth{Src: outMAC, Dst: frame.Broadcast, VLAN: vlan}, enginetest.ARPRequest, outMAC, ip4Out, frame.MAC{}, ip4G2)
+		assert.Equal(t, [][]byte{question, question}, b.in(packet))
+		decodeAll(t, question)
+		b.sends(2, enginetest.ARPFrame(enginetest.Eth{Src: guest2, Dst: outMAC, VLAN: vlan}, enginetest.ARPReply, guest2, ip4G2, outMAC, ip4Out))
+		got := b.in(packet)
+		assert.Nil(t, got[0])
+		require.NotNil(t, got[1])
+		assert.Equal(t, packet[6:], got[1][6:])
+		other := enginetest.UDPFrame(in, enginetest.IP{Src: ip4Out, Dst: netip.MustParseAddr("10.0.0.9")}, enginetest.UDP{Src: 5, Dst: 6}, nil)
+		questions := 0
+		for range 1000 {
+			if b.in(other)[0] != nil {
+				questions++
+			}
+		}
+		assert.Less(t, questions, 100, "in no time")
+		assert.NotZero(t, questions)
+	}
 }
 
 // With one guest all that is unicast is for it, but what is the host's.
@@ -365,7 +392,7 @@ func TestMACNATOneGuest(t *testing.T) {
 	assert.Equal(t, guest1[:], b.in(eth(linkMAC, outMAC, 0))[0][:6], "others are behind the guest")
 
 	b = newNATBed(t, MACNATConfig{}, SwitchPort{})
-	assert.Nil(t, b.in(to(ip4G1))[0], "its address is not known yet")
+	assert.Equal(t, frame.Broadcast[:], b.in(to(ip4G1))[0][:6], "its address is not known yet: it is asked")
 	b.sends(1, eth(outMAC, mac(6), 0))
 	assert.NotNil(t, b.in(to(ip4G1))[0])
 }

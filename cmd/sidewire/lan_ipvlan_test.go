@@ -34,6 +34,7 @@ func TestIPVlanRow12(t *testing.T) {
 		return
 	}
 	t.Run("two guests", testIPVlanGuests)
+	t.Run("the pod's own link", testIPVlanPod)
 	t.Run("mode l3", func(t *testing.T) {
 		pod, _, _, _ := childPod(t, "ipvlan", "l3")
 		docs := onLAN("vm1", "blue", 1) + definition("blue", `{"type": "ipvlan", "master": "parent"}`)
@@ -85,6 +86,38 @@ func testIPVlanGuests(t *testing.T) {
 	assert.Contains(t, addrs(), "10.9.0.1/32")
 	p.stop()
 	assert.Equal(t, before, addrs(), "the link has its own again")
+}
+
+// A guest takes the place of a pod's ipvlan with its address, and may have others
+// beside it. The link has its own in the end, also when a run was killed.
+func testIPVlanPod(t *testing.T) {
+	pod, outside, _, mac := childPod(t, "ipvlan", "l2")
+	enginetest.Must(t, pod.Addr("net1", "10.9.0.5/24"), pod.Run("ip", "route", "add", "default", "via", "10.9.0.250"))
+	addrs := func() string {
+		out, err := pod.Command("ip", "-o", "-4", "addr", "show", "dev", "net1").Output()
+		require.NoError(t, err)
+		return string(out)
+	}
+	before := addrs()
+	for _, m := range []string{"", ", macAddress: 02:00:00:00:00:77"} {
+		state, resolv := t.TempDir(), writeFile(t, "resolv.conf", "nameserver 10.9.0.250\n")
+		p := startLAN(t, onPod("vm1", 1, m), "--netns", pod.Path, "--uplink", "net=net1", "--state-dir", state, "--resolv-conf", resolv)
+		a := plugVM(t, p, "vm1", vhosttest.Options{}).withAddr("10.9.0.5/24").withAddr("10.9.0.6/24").with6("fd09::1/64")
+		for _, ip := range []string{"10.9.0.250", "fd09::250"} {
+			enginetest.Eventually(t, soon, func() bool { return a.pings(ip) })
+		}
+		require.NoError(t, outside.Run("ping", "-c", "1", "-W", "5", "10.9.0.5"))
+		enginetest.Eventually(t, soon, func() bool { return a.pings("10.9.0.250", "-I", "10.9.0.6") })
+		assert.Equal(t, mac.String(), neighbour(outside, "10.9.0.5"))
+		carry(t, outside, a.ns, "10.9.0.5:7000", 1, 1<<20)
+		carry(t, outside, a.ns, "10.9.0.6:7000", 1, 1<<20)
+		assert.Contains(t, addrs(), "10.9.0.6/32")
+		p.kill()
+		p = startLAN(t, onPod("vm1", 1, m), "--netns", pod.Path, "--uplink", "net=net1", "--state-dir", state, "--resolv-conf", resolv)
+		assert.NotContains(t, addrs(), "10.9.0.6", "what the last run left is gone")
+		p.stop()
+		assert.Equal(t, before, addrs())
+	}
 }
 
 // runInGuest runs tests of this package in a guest whose kernel has some more

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -76,6 +77,10 @@ func (l *lan) translate(s *server, u *lanUplink) error {
 	s.log.Info("guests' hardware addresses are translated", "switch", l.name, "link", u.link, "kind", u.kind.Name, "mac", u.mac.String())
 	if u.kind.ByIP {
 		return keepGuestAddrs(s, u.link, u.nat)
+	}
+	if b, _ := os.ReadFile("/proc/sys/net/ipv4/conf/" + u.link + "/forwarding"); strings.TrimSpace(string(b)) == "1" {
+		s.log.Warn("the kernel forwards what is for the guests a second time, since it has the hardware address too",
+			"link", u.link, "mend", "sysctl -w net.ipv4.conf."+u.link+".forwarding=0")
 	}
 	w, err := uplink.WatchAddrs(u.link, u.nat.SetHost)
 	if err != nil {
