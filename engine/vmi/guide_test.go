@@ -35,7 +35,7 @@ var guide = []struct {
 	{file: "14-multiqueue", vmis: 1},
 	{file: "15-sriov-policy"},
 	{file: "16-sriov-network"},
-	{file: "17-sriov-vmi", vmis: 1, unsupported: []string{"spec.domain.devices.interfaces[1].sriov", "spec.networks[1].multus.networkName"}},
+	{file: "17-sriov-vmi", vmis: 1, unsupported: []string{"spec.networks[1].multus.networkName"}},
 	{file: "18-macvtap-config", faults: []string{"data.DP_MACVTAP_CONF", "data.DP_MACVTAP_CONF[0].master"}},
 	{file: "19-macvtap-config-all"},
 	{file: "20-macvtap-nad", faults: []string{"spec.config"}},
