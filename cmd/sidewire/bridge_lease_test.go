@@ -155,6 +155,26 @@ func TestBridgeRow23Row46LeaseByTheGuestsMAC(t *testing.T) {
 	assert.Contains(t, o.out, "mac=02:00:00:00:00:77")
 }
 
+// The annotation that KubeVirt asks for is heard.
+func TestBridgeRow46MigrationAllowed(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	docs := strings.Replace(onPod("vm", 1, ""), "{name: vm}", `{name: vm, annotations: {kubevirt.io/allow-pod-bridge-network-live-migration: ""}}`, 1)
+	p := startBridge(t, w, docs)
+	assert.Equal(t, &MigrationStatus{Possible: true}, p.nicOf("vm/net").Migration)
+	o := sidewire(t, "forward", "--socket-dir", p.dir, "add", "vm/net", "tcp:80")
+	assert.Equal(t, exitInput, o.code)
+	assert.Contains(t, o.err, "nothing is forwarded")
+}
+
+// A VMI that names no interface has a bridge on the pod network.
+func TestBridgeRow33NoInterfaces(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	p := startBridge(t, w, "kind: VirtualMachineInstance\nmetadata: {name: vm}\nspec: {domain: {devices: {}}}\n")
+	st := p.nicOf("vm/default")
+	assert.Equal(t, "bridge eth0 "+enginetest.PodIP, fmt.Sprint(st.Binding, " ", st.Link, " ", st.Guest))
+	plugNIC(t, p, "vm/default", vhosttest.Options{}).withLease(enginetest.PodIP)
+}
+
 // Without a MAC in the spec the arguments for QEMU have the link's, before and
 // while the guest has its place, with the link's MTU.
 func TestBridgeRow22Row36QEMUArgs(t *testing.T) {

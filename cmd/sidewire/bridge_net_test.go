@@ -144,6 +144,7 @@ func TestBridgeRow44GuestProbesItsAddress(t *testing.T) {
 func TestBridgeRow38AllFramesPass(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startBridge(t, w, onPod("vm", 1, ""))
+	assert.Contains(t, footprint(t, w.Pod)["ip -d -o link"], "promiscuity 1", "a NIC would not let foreign stations' frames in")
 	v := plugVM(t, p, "vm", vhosttest.Options{}).quiet()
 	in, out := listenOn(t, v.ns, "eth0"), listenOn(t, w.Outside, "veth0")
 	stranger, nested := frame.MAC{2, 9, 9, 9, 9, 9}, frame.MAC{2, 8, 8, 8, 8, 8}
