@@ -104,6 +104,39 @@ func TestAllPortsTCP(t *testing.T) {
 	assert.ErrorContains(t, err, "all ports: the user network is closed, or has them already")
 }
 
+// A flood of SYNs makes the kernel answer with cookies: what comes back has no
+// socket yet, and is the guest's all the same.
+func TestAllPortsTCPWithCookies(t *testing.T) {
+	p := newPod(t, enginetest.WorldOptions{})
+	require.NoError(t, p.Pod.Sysctl("net/ipv4/tcp_syncookies", "2"))
+	p.all()
+	c, err := p.Outside.Dial("tcp4", netip.AddrPortFrom(podIP, 80).String(), patience)
+	require.NoError(t, err)
+	defer c.Close()
+	p.wantSYN(80)
+}
+
+// A guest's TCP port from which it has called somebody is open to others (RFC
+// 5382 REQ-3): their SYNs are the guest's to answer.
+func TestRFC5382REQ3AllPorts(t *testing.T) {
+	p := newPod(t, enginetest.WorldOptions{})
+	p.all()
+	l, err := p.Outside.Listen("tcp4", enginetest.OutsideIP+":7777")
+	require.NoError(t, err)
+	defer l.Close()
+	p.send(tcpTo(netip.MustParseAddrPort(enginetest.OutsideIP+":7777"), enginetest.TCP{Src: 40001, Flags: enginetest.SYN, Seq: 1}, ""))
+	called, err := l.Accept()
+	require.NoError(t, err)
+	defer called.Close()
+	require.Equal(t, enginetest.PodIP+":40001", called.RemoteAddr().String())
+	a, ok := p.wait(patience, func(a *arrived) bool { return a.tcp != nil })
+	require.True(t, ok && a.tcp.SYN && a.tcp.ACK)
+	c, err := p.Outside.Dial("tcp4", enginetest.PodIP+":40001", patience)
+	require.NoError(t, err)
+	defer c.Close()
+	p.wantSYN(40001)
+}
+
 // A port of the pod's that is forwarded by name is served by its own listener,
 // and what the pod listens on by nobody but the guest.
 func TestAllPortsBesideListeners(t *testing.T) {
