@@ -83,6 +83,11 @@ func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
 			d.list(n, p, maxList, func(n *yaml.Node, p string) { *dst = append(*dst, d.text(n, p)) })
 		}
 	}
+	d.names = true
+	defer func() {
+		d.names = false
+		d.checkNames(root, typeKubeVirt, nil)
+	}()
 	d.object(root, "", false, fields{"spec": at(fields{"configuration": at(fields{
 		"network": at(fields{
 			"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },

@@ -19,6 +19,7 @@ type decoder struct {
 	marks  []rawWalk // places in it, in order; nil until one is needed
 	cni    bool      // in a CNI configuration: keys in any case, and unknown ones are no more than a warning
 	vmi    *VMI      // whose fields are being read; nil between documents
+	names  bool      // in a document of which checkNames looks at every name
 	faults []Fault
 	budget int
 	depth  int
@@ -71,8 +72,8 @@ func isNull(n *yaml.Node) bool {
 	return n == nil || n.Kind == 0 || n.Kind == yaml.ScalarNode && n.Tag == "!!null"
 }
 
-// object reads a mapping. A key that is not in f is a fault if strict, and otherwise only if it is nearly one of f
-// (the rest of a VMI has many fields that are none of our business). Null values count as absent. It returns what the
+// object reads a mapping. A key that is not in f is a fault if strict, and otherwise a warning if it is nearly one of f
+// (the rest of a document has many fields that are none of our business). Null values count as absent. It returns what the
 // keys that it found fault with were probably meant to be.
 func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) (meant []string) {
 	for _, p := range d.pairs(n, path) {
@@ -91,9 +92,12 @@ func (d *decoder) object(n *yaml.Node, path string, strict bool, f fields) (mean
 			}
 			continue
 		}
+		if !strict && d.names {
+			continue
+		}
 		near := nearest(p.key, f)
 		at, say := &yaml.Node{Line: p.line}, d.fault
-		if d.cni {
+		if d.cni || !strict {
 			say = d.warn
 		}
 		switch {

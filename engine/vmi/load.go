@@ -186,7 +186,7 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 		}
 	}
 	switch kind {
-	case "VirtualMachineInstance", "VMI", "VirtualMachine", "VM":
+	case "VirtualMachineInstance", "VMI", "VirtualMachine", "VM", "VirtualMachineInstanceReplicaSet", "VirtualMachinePool":
 		d.machine(docs, root, kind)
 	case "NetworkAttachmentDefinition":
 		d.definition(docs, root)
@@ -199,6 +199,9 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 	case "SriovNetworkNodePolicy":
 		d.sriovPolicy(docs, root)
 	case "":
+		if d.fragment(root) {
+			return nil
+		}
 		return badInput("%s:%d: no kind; a VMI starts with kind: VirtualMachineInstance", d.file, root.Line)
 	case "List":
 		if depth > 0 || items == nil {
@@ -231,27 +234,52 @@ func (d *decoder) metadata(n *yaml.Node, path string, name, namespace *string, a
 	})
 }
 
-// machine reads a VMI, a VM with its template, or the guide's VM with spec.domain at the top.
+// fragment reads a part of a VMI's spec that stands for itself, as an example may: what is in it is looked at, but there
+// is no machine to serve.
+func (d *decoder) fragment(root *yaml.Node) bool {
+	w := nameWalk{types: fieldTypes()}
+	spec := w.child(typeVMI, "spec")
+	pairs := d.pairs(root, "")
+	for _, p := range pairs {
+		if w.child(spec, p.key) < 0 {
+			return false
+		}
+	}
+	if len(pairs) == 0 {
+		return false
+	}
+	d.warn(root, pairs[0].key, "no kind: a part of a spec, which is passed over; a VMI starts with kind: VirtualMachineInstance")
+	d.spec(root, "", new(Spec), fields{})
+	return true
+}
+
+// machine reads a VMI, an object with a template of VMIs, or the guide's VM with spec.domain at the top.
 func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 	v := VMI{Kind: kind, File: d.file, Line: root.Line, Path: "spec", lines: map[string]int{}}
-	d.vmi = &v
+	d.vmi, d.names = &v, true
 	var own annotations // of the document itself
 	first := len(d.faults)
-	read := func(n *yaml.Node, p string) {
-		d.spec(n, p, &v.Spec, fields{})
-	}
-	if strings.HasPrefix(kind, "VirtualMachine") && kind != "VirtualMachineInstance" || kind == "VM" {
-		read = func(n *yaml.Node, p string) { d.spec(n, p, &v.Spec, d.template(&v)) }
+	document, beside := typeVMI, fields{}
+	switch kind {
+	case "VirtualMachine", "VM":
+		document, beside = typeVM, d.template(&v)
+	case "VirtualMachineInstanceReplicaSet":
+		document, beside = typeReplicaSet, d.template(&v)
+	case "VirtualMachinePool":
+		document, beside = typePool, fields{"virtualMachineTemplate": func(n *yaml.Node, p string) {
+			d.object(n, p, false, fields{"spec": func(n *yaml.Node, p string) { d.object(n, p, false, d.template(&v)) }})
+		}}
 	}
 	d.object(root, "", false, fields{
 		"metadata": func(n *yaml.Node, p string) { d.metadata(n, p, &v.Name, &v.Namespace, d.annotations(&own)) },
-		"spec":     read,
+		"spec":     func(n *yaml.Node, p string) { d.spec(n, p, &v.Spec, beside) },
 	})
 	v.named = v.Name != ""
 	if v.Path == "spec" {
 		v.annotations = own
 	}
-	d.vmi = nil
+	d.vmi, d.names = nil, false
+	d.checkNames(root, document, &v)
 	// The name may come after the faults.
 	for i := first; i < len(d.faults); i++ {
 		d.faults[i].VMI = oneLine(v.Name)
@@ -259,7 +287,7 @@ func (d *decoder) machine(docs *Docs, root *yaml.Node, kind string) {
 	docs.VMIs = append(docs.VMIs, v)
 }
 
-// template reads spec.template.spec, which takes the place of what stands beside it. Its annotations are the VMI's.
+// template reads a template's spec, which takes the place of what stands beside it. Its annotations are the VMI's.
 func (d *decoder) template(v *VMI) fields {
 	return fields{"template": func(n *yaml.Node, p string) {
 		var name, namespace string

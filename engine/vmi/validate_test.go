@@ -332,13 +332,53 @@ func TestIstio(t *testing.T) {
 		lines(Validate(docs, Options{})))
 }
 
+// Outside interfaces and networks a name that KubeVirt does not know is a warning; one that it knows, wherever it is
+// read, is none.
 func TestUnknownFieldsElsewhere(t *testing.T) {
-	docs, err := Parse("v.yaml", []byte("kind: VM\nspec:\n  volumes: []\n  domain: {machine: {}, devices: {rng: {}, interface: []}}\n  network: []\n"))
-	require.NoError(t, err)
-	assert.Equal(t, []string{
-		`spec.domain.devices.interface: unknown field "interface", did you mean "interfaces"?`,
-		`spec.network: unknown field "network", did you mean "networks"?`,
-	}, lines(Validate(docs, Options{})))
+	for doc, want := range map[string][]string{
+		"kind: VM\nspec:\n  volumes: []\n  domain: {machine: {}, devices: {rng: {}, interface: []}}\n  network: []\n": {
+			`spec.domain.devices.interface: unknown field "interface", did you mean "interfaces"?`,
+			`spec.network: unknown field "network", did you mean "networks"?`},
+		"kind: VM\nspec: {running: true, domian: {devics: {}}}": {`spec.domian: unknown field "domian", did you mean "domain"?`},
+		"kind: VirtualMachine\nspec: {runing: true, template: {spec: {domain: {devics: {}, cpu: {core: 2}}}}}": {
+			`spec.runing: unknown field "runing", did you mean "running"?`,
+			`spec.template.spec.domain.devics: unknown field "devics", did you mean "devices"?`,
+			`spec.template.spec.domain.cpu.core: unknown field "core", did you mean "cores"?`},
+		"kind: VMI\nmetadata: {labels: {a: b}, anotations: {}}\nstatus: {phase: Running, interfaces: [{mac: x, ipp: y}]}": {
+			`metadata.anotations: unknown field "anotations", did you mean "annotations"?`,
+			`status.interfaces[0].ipp: unknown field "ipp"`},
+		"kind: VMI\nspec: {domain: {devices: {disks: [{name: d, disk: {}, bus: virtio}, {name: d, cdrom: , bus: sata}]}}}": {
+			`spec.domain.devices.disks[0].bus: unknown field "bus", it belongs below "disk"`,
+			`spec.domain.devices.disks[1].bus: unknown field "bus", it belongs below "cdrom"`},
+		"kind: VMI\nspec: {affinity: {nodeAffinity: {x: 1}}, domain: {resources: {requests: {any/thing: 1}}}, qqqqqqqq: 1}": {
+			`spec.affinity.nodeAffinity.x: unknown field "x"`,
+			`spec.qqqqqqqq: unknown field "qqqqqqqq"`},
+		"kind: Kubevirt\nspec: {configuration: {network: {permitBridgeInterfacesOnPodNetwork: false}}}": {
+			`spec.configuration.network.permitBridgeInterfacesOnPodNetwork: unknown field "permitBridgeInterfacesOnPodNetwork", did you mean "permitBridgeInterfaceOnPodNetwork"?`},
+		"networks:\n- {name: a, pd: {}}": {`networks: no kind: a part of a spec, which is passed over; a VMI starts with kind: VirtualMachineInstance`},
+	} {
+		docs, err := Parse("v.yaml", []byte(doc))
+		require.NoError(t, err)
+		var got []string
+		for _, f := range Warnings(Validate(docs, Options{})) {
+			got = append(got, f.String())
+		}
+		assert.Equal(t, want, got, doc)
+	}
+}
+
+// Objects that make machines of a template are read like a VM.
+func TestTemplates(t *testing.T) {
+	for doc, path := range map[string]string{
+		"kind: VirtualMachineInstanceReplicaSet\nmetadata: {name: v}\nspec: {replicas: 1, selector: {}, template: {spec: %s}}":       "spec.template.spec",
+		"kind: VirtualMachinePool\nmetadata: {name: v}\nspec: {replicas: 1, virtualMachineTemplate: {spec: {template: {spec: %s}}}}": "spec.virtualMachineTemplate.spec.template.spec",
+		"kind: VirtualMachine\nmetadata: {name: v}\nspec: {runStrategy: Always, template: {metadata: {labels: {a: b}}, spec: %s}}":   "spec.template.spec",
+	} {
+		docs, err := Parse("v.yaml", []byte(fmt.Sprintf(doc, "{domain: {devices: {interfaces: [{name: a, masquerade: {}, model: x}]}}, networks: [{name: a, pod: {}}]}")))
+		require.NoError(t, err)
+		at := path + ".domain.devices.interfaces[0]"
+		assert.Equal(t, []string{at + ".model: interface " + at + ".name uses model x that is not supported."}, lines(Validate(docs, Options{})))
+	}
 }
 
 func TestFaultPosition(t *testing.T) {
