@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"net"
 	"net/netip"
+	"sync"
 	"testing"
 	"time"
 
@@ -478,4 +479,37 @@ func TestMACNATFloodLeavesOthersAlone(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Workers translate in both directions while addresses come, move and go.
+func TestMACNATRace(t *testing.T) {
+	n := NewMACNAT(MACNATConfig{Link: linkMAC, Guests: []frame.MAC{guest1, guest2}, Addresses: 4}, 4)
+	port := n.Port(taker{})
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			b := new(frame.Batch)
+			for i := range 300 {
+				b.Reset(int64(i) * int64(time.Second))
+				b.Worker = w
+				addr := netip.AddrFrom4([4]byte{10, 0, 0, byte(i % 8)})
+				guest := []frame.MAC{guest1, guest2}[(i+w)%2]
+				out := setSnapshot(b, enginetest.ARPFrame(enginetest.Eth{Src: guest, Dst: outMAC}, enginetest.ARPReply, guest, addr, outMAC, ip4Out), frame.HeadSize, frame.PortID(1+(i+w)%2))
+				lease := setSnapshot(b, dhcpFrame(t, guest, nil), 18, 1)
+				port.Push(w, []*frame.Frame{out, lease})
+				b.Reset(int64(i) * int64(time.Second))
+				in := setSnapshot(b, enginetest.ICMPFrame(enginetest.Eth{Src: outMAC, Dst: linkMAC}, enginetest.IP{Src: ip4Out, Dst: addr}, enginetest.Echo(1, 1), nil), frame.HeadSize, 3)
+				n.Process(b)
+				if frame.MAC(in.Dst()) == linkMAC && in.Reason == frame.ReasonNone {
+					t.Error("passed as it was")
+				}
+				n.SetHost([]netip.Addr{addr})
+				n.Stats()
+				for range n.Addresses {
+				}
+			}
+		})
+	}
+	wg.Wait()
+	assert.LessOrEqual(t, n.Stats().Addresses, 8)
 }
