@@ -137,6 +137,59 @@ func TestQEMUArgsHandoff(t *testing.T) {
 	}, args[8:])
 }
 
+// QEMU has igb from 8.0 on, and every other model has always had a stream.
+func TestQEMUArgsModelsRow18Row19(t *testing.T) {
+	for _, model := range []string{"virtio", "e1000", "e1000e", "rtl8139", "ne2k_pci", "pcnet", "igb"} {
+		vm := masqueradeVM()
+		vm.Interfaces[0].Model = model
+		args, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: "/x", Version: QEMUVersion{8, 0}})
+		require.NoError(t, err)
+		driver, _, _ := strings.Cut(args[len(args)-1], ",")
+		assert.Equal(t, map[bool]string{true: "virtio-net-pci", false: model}[model == "virtio"], driver)
+		_, _, err = QEMUArgs(vm, QEMUOptions{SocketDir: "/x", Version: QEMUVersion{7, 2}})
+		if model == "igb" {
+			assert.EqualError(t, err, `interface "red": model igb: QEMU has it from 8.0 on, and this is 7.2; use model e1000e, or name another QEMU`)
+			continue
+		}
+		assert.NoError(t, err)
+	}
+}
+
+// Multiqueue: as many pairs as vCPUs, at most 128, and two vectors for each and two more; of other models one.
+func TestMultiqueueRow66Row68(t *testing.T) {
+	for _, c := range []struct {
+		model   string
+		cpus    int
+		queues  int
+		device  string
+		netdev  string
+		warning string
+	}{
+		{"virtio", 1, 1, "vectors=4", "", ""},
+		{"virtio", 3, 3, "mq=on,vectors=8", "queues=3", ""},
+		{"virtio", 128, 128, "mq=on,vectors=258", "queues=128", ""},
+		{"virtio", 200, 128, "mq=on,vectors=258", "queues=128", "200 vCPUs, but an interface gets 128 queue pairs at most"},
+		{"e1000", 3, 1, "e1000,id=nic-red,netdev=net-red,romfile=", "stream", "virtio-net multiqueue request, but there are no virtio interfaces defined"},
+	} {
+		docs, err := Parse("v.yaml", fmt.Appendf(nil, "kind: VM\nmetadata: {name: v}\nspec: {domain: {cpu: {cores: %d}, devices: {networkInterfaceMultiqueue: true, "+
+			"interfaces: [{name: red, masquerade: {}, model: %s}]}}, networks: [{name: red, pod: {}}]}", c.cpus, c.model))
+		require.NoError(t, err)
+		faults := Validate(docs, Options{})
+		require.Empty(t, Errors(faults))
+		assert.Equal(t, c.warning != "", len(faults) == 1, faults)
+		for _, f := range faults {
+			assert.Equal(t, c.warning, f.Message)
+		}
+		vm := Plan(docs)[0]
+		assert.Equal(t, c.queues, vm.Interfaces[0].QueuePairs)
+		args, _, err := QEMUArgs(vm, QEMUOptions{SocketDir: "/x", Version: QEMUVersion{10, 0}})
+		require.NoError(t, err)
+		assert.Contains(t, args[len(args)-1], c.device)
+		assert.Contains(t, args[len(args)-3], c.netdev)
+		assert.Equal(t, c.queues > 1, strings.Contains(args[len(args)-1], "mq=on"))
+	}
+}
+
 func TestQEMUVersion(t *testing.T) {
 	for out, want := range map[string]QEMUVersion{
 		"QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright": {7, 2},
@@ -214,9 +267,9 @@ type pciDevice struct {
 	Bridge              *struct{ Devices []pciDevice } `json:"pci_bridge"`
 }
 
-// TestQEMUTakesArgs gives the arguments to the QEMU of this machine, lets the firmware number the buses, and looks
+// TestQEMUTakesArgsRow19Row21Row27Row28 gives the arguments to the QEMU of this machine, lets the firmware number the buses, and looks
 // where the NICs are.
-func TestQEMUTakesArgs(t *testing.T) {
+func TestQEMUTakesArgsRow19Row21Row27Row28(t *testing.T) {
 	enginetest.Need(t, "qemu")
 	const binaryName = "qemu-system-x86_64"
 	version, err := AskQEMUVersion(context.Background(), binaryName)
@@ -235,7 +288,10 @@ spec:
     devices:
       networkInterfaceMultiqueue: true
       interfaces:
-      - {name: any, bridge: {}, macAddress: 02:00:00:00:00:0a}
+      - {name: any, bridge: {}, macAddress: 02-00-00-00-00-0A}
+      - {name: fn1, bridge: {}, pciAddress: '0000:06:00.1'}
+      - {name: fn0, bridge: {}, pciAddress: '0000:06:00.0'}
+      - {name: fn7, bridge: {}, model: e1000e, pciAddress: '0000:06:00.7'}
       - {name: far, masquerade: {}, pciAddress: '0000:81:00.1', bootOrder: 1, acpiIndex: 101}
       - {name: near, bridge: {}, pciAddress: '0000:01:00.0'}
       - {name: next, bridge: {}, pciAddress: '0000:82:00.0'}
@@ -248,6 +304,9 @@ spec:
       - {name: newer, bridge: {}, model: e1000e, pciAddress: '0000:00:0c.0'}
   networks:
   - {name: any, multus: {networkName: x}}
+  - {name: fn1, multus: {networkName: x}}
+  - {name: fn0, multus: {networkName: x}}
+  - {name: fn7, multus: {networkName: x}}
   - {name: far, pod: {}}
   - {name: near, multus: {networkName: x}}
   - {name: next, multus: {networkName: x}}
@@ -292,12 +351,13 @@ spec:
 	t.Cleanup(func() { cancel(); _ = cmd.Wait() })
 
 	want := map[string]string{"nic-far": "81:00.1", "nic-near": "01:00.0", "nic-next": "82:00.0", "nic-slot": "05:02.0", "nic-root": "00:07.0",
+		"nic-fn0": "06:00.0", "nic-fn1": "06:00.1", "nic-fn7": "06:00.7",
 		"nic-old": "00:08.0", "nic-older": "00:09.0", "nic-pcnet": "00:0a.0", "nic-ne2k": "00:0b.0", "nic-newer": "00:0c.0"}
 	got := map[string]string{}
 	replies := bufio.NewScanner(out)
 	replies.Buffer(nil, 1<<20)
-	ask := func(command string) json.RawMessage {
-		fmt.Fprintf(in, `{"execute": %q}`+"\n", command)
+	do := func(command, arguments string) json.RawMessage {
+		fmt.Fprintf(in, `{"execute": %q, "arguments": {%s}}`+"\n", command, arguments)
 		for replies.Scan() {
 			var r struct{ Return, Error json.RawMessage }
 			if json.Unmarshal(replies.Bytes(), &r) == nil && (r.Return != nil || r.Error != nil) {
@@ -308,6 +368,7 @@ spec:
 		require.Fail(t, "QEMU went away", "%s", stderr.String())
 		return nil
 	}
+	ask := func(command string) json.RawMessage { return do(command, "") }
 	ask("qmp_capabilities")
 	// The firmware numbers the buses behind bridges, from 0 by way of ff.
 	settled := enginetest.Wait(40*time.Second, func() bool {
@@ -323,6 +384,14 @@ spec:
 	})
 	assert.Equal(t, want, got)
 	assert.True(t, settled, "a NIC without an address is on the root bus")
+	for property, want := range map[string]string{
+		"nic-any mac": `"02:00:00:00:00:0a"`, "nic-far bootindex": "1", "nic-far acpi-index": "101", "nic-far mq": "true", "nic-far host_mtu": "1450",
+		"nic-any romfile": `""`, "nic-near romfile": `""`, "nic-newer romfile": `""`, "nic-older mac": `"02:00:00:00:00:0b"`, "nic-old bootindex": "2",
+		"nic-far romfile": `"efi-virtio.rom"`, "nic-old romfile": `"efi-e1000.rom"`,
+	} {
+		id, name, _ := strings.Cut(property, " ")
+		assert.Equal(t, want, string(do("qom-get", fmt.Sprintf(`"path": "/machine/peripheral/%s", "property": %q`, id, name))), property)
+	}
 	cancel()
 	_ = cmd.Wait() // stderr is complete only then
 	assert.Empty(t, stderr.String())
