@@ -34,6 +34,7 @@ func (f *sriovOptions) check(vms []vmi.VM) error {
 			}
 		}
 	}
+	seen := map[string]bool{}
 	for _, v := range f.vfs {
 		network, address, _ := strings.Cut(v, "=")
 		if _, err := handoff.ParsePCIAddress(address); err != nil || network == "" {
@@ -42,6 +43,10 @@ func (f *sriovOptions) check(vms []vmi.VM) error {
 		if !slices.Contains(networks, network) {
 			return badInput("--vf %s: no VMI has an sriov interface %s", v, network)
 		}
+		if seen[network] {
+			return badInput("--vf %s: network %s has a function already", v, network)
+		}
+		seen[network] = true
 	}
 	if f.bind && len(networks) == 0 {
 		return badInput("--vfio-bind: no VMI has an sriov interface")
