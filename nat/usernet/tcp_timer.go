@@ -17,10 +17,13 @@ const (
 	maxRTO     = int64(60e9)
 	maxBackoff = 15 // as Linux's tcp_retries2: about 15 minutes
 	maxSYN     = 6  // as tcp_syn_retries
-	// mostCwnd bounds what is under way to the guest. It is enough for 40 Gbit/s at
-	// 300 us; more would make each MSG_PEEK slower, for which the kernel walks
-	// over all buffers before its place.
-	mostCwnd = 3 << 19
+	// mostCwnd or mostSegments, whichever is more, bound what is under way to the
+	// guest. The one is enough for 40 Gbit/s at 300 us; more would make each
+	// MSG_PEEK slower, for which the kernel walks over all buffers before its
+	// place. Those of long segments are few: with more of them under way the
+	// worker wakes up less often.
+	mostCwnd     = 3 << 19
+	mostSegments = 96
 	// timeWaitTicks is for how long a guest's FIN that comes again is answered:
 	// only a full ring can have lost the answer.
 	timeWaitTicks = uint32(1e9 >> tickShift)
@@ -83,7 +86,7 @@ func (w *worker) grow(b *frame.Batch, i int32, acked uint32) {
 		return
 	}
 	switch {
-	case fl.cwnd >= mostCwnd:
+	case fl.cwnd >= max(mostCwnd, mostSegments*mss):
 	case fl.cwnd < uint32(fl.ssthresh)*mss:
 		fl.cwnd += acked
 	default:
