@@ -182,7 +182,7 @@ func (p *natPort) Push(worker int, fs []*frame.Frame) {
 	w.sec = second(Now()) // one reading for the group: a batch's time is not passed on to ports
 	for len(fs) > 0 {
 		n, list := 0, w.list[:0]
-		for n < len(fs) && len(list) < len(w.list) && w.nbuf < natBufs {
+		for n < len(fs) && len(list) < len(w.list) && w.nbuf < natBufs && (n == 0 || w.nseg+len(fs[n].Tail) < natSegs) {
 			f := fs[n]
 			n++
 			if r := p.nat.outbound(f, w); r != frame.ReasonNone {

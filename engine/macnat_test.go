@@ -513,3 +513,33 @@ func TestMACNATRace(t *testing.T) {
 	wg.Wait()
 	assert.LessOrEqual(t, n.Stats().Addresses, 8)
 }
+
+// Frames of very many pieces, and any number of long ones that have to be changed,
+// all get through.
+func TestMACNATRoom(t *testing.T) {
+	b := newNATBed(t, MACNATConfig{}, twoGuests()...)
+	p := new(enginetest.MemPort)
+	port := b.nat.Port(p)
+	ra := nd6(bcastEth, ip6G1, ip6Nodes, ndRouterAdv, ip6G1, filler(20), lla(1, guest1))
+	udp := enginetest.UDPFrame(bcastEth, enginetest.IP{Src: ip4G1, Dst: ip4Limit}, enginetest.UDP{Src: 1, Dst: 2}, make([]byte, 1000))
+	var fs []*frame.Frame
+	for i := range 40 {
+		f, data := new(frame.Frame), ra
+		if i%2 == 0 {
+			data = udp
+		}
+		f.SetBytes(data[:18], nil, nil)
+		f.In, f.Out, f.Len = 1, 9, int32(len(data))
+		for _, c := range data[18:] {
+			f.Tail = append(f.Tail, []byte{c})
+		}
+		fs = append(fs, f)
+	}
+	port.Push(0, fs)
+	got := p.Take()
+	require.Len(t, got, 40)
+	for i, g := range got {
+		assert.Len(t, g.Bytes, []int{len(udp), len(ra)}[i%2])
+		decodeAll(t, g.Bytes)
+	}
+}
