@@ -183,6 +183,7 @@ func TestAllPortsSwept(t *testing.T) {
 	pc, err := s.Outside.ListenPacket("udp4", "10.244.1.1:0")
 	require.NoError(t, err)
 	defer pc.Close()
+	require.Equal(t, "vm, peer 10.244.1.7", s.ask(s.Outside, "udp4", otherIP, "10.244.1.5:80", 64))
 	before := s.proc.status()
 	for port := 1; port <= 65535; port++ {
 		_, err := pc.WriteTo([]byte("sweep"), &net.UDPAddr{IP: net.ParseIP("10.244.1.5"), Port: port})
@@ -193,6 +194,7 @@ func TestAllPortsSwept(t *testing.T) {
 	}
 	st := s.proc.status()
 	n, was := st.Interfaces[0].Sockets, before.Interfaces[0].Sockets
+	assert.Equal(t, 1, was.UDPOpen)
 	assert.Greater(t, n.Unasked, uint64(10000), "most of it got there")
 	assert.LessOrEqual(t, n.UDPOpen, was.UDPOpen+2, "mappings are for ports that the guest answers from")
 	assert.LessOrEqual(t, n.Sockets, was.Sockets+2)
