@@ -2,6 +2,7 @@ package vmi
 
 import (
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -55,4 +56,57 @@ func TestOtherSlips(t *testing.T) {
 	assert.Len(t, faults, 4, "each slip, and the field")
 	_, faults = parseNAD(t, `{"type": "bridge"`+strings.Repeat(` "mtu": 1500`, 20)+`}`)
 	assert.Contains(t, faults[maxSlips], "12 more commas are missing or too many")
+}
+
+// FuzzMendJSON: a mend changes nothing but commas, each is a slip, and what stands in documents beside a VMI ends in
+// faults of one line, whatever it is.
+func FuzzMendJSON(f *testing.F) {
+	for _, s := range []string{`{"a": "x" "b": [1, 2, 3,],}`, `[{"name": "dataplane", "master": "eth0",},]`, `{"type": "macvtap" "mtu": 1500}`, `[,]`, `}{`, `{"a":{"b":1 "c"`, `"\`, ``,
+		`{"type": "sriov", "vlan": 1e9, "ipam": {"type": 1}}`, strings.Repeat(`{"a":[`, 200), `{"plugins": [{"type": "sriov"}, {"type": "tuning", "mtu": -1}]}`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, in string) {
+		out, inserted, slips := mendJSON([]byte(in))
+		require.Len(t, out, len(in)+len(inserted))
+		if json.Valid([]byte(in)) {
+			require.Equal(t, in, string(out))
+			require.Empty(t, slips)
+		}
+		missing := 0
+		for _, s := range slips {
+			if s.missing {
+				missing++
+			} else {
+				require.Equal(t, byte(','), in[s.at])
+			}
+		}
+		require.Len(t, inserted, missing)
+		back := append([]byte(nil), out...)
+		for i := len(inserted) - 1; i >= 0; i-- {
+			require.Equal(t, byte(','), back[inserted[i]])
+			back = append(back[:inserted[i]], back[inserted[i]+1:]...)
+		}
+		for _, s := range slips {
+			if !s.missing {
+				back[s.at] = ','
+			}
+		}
+		require.Equal(t, in, string(back))
+
+		text, err := json.Marshal(in)
+		require.NoError(t, err)
+		docs, err := Parse("f.yaml", fmt.Appendf(nil, `{"kind": "List", "items": [{"kind": "ConfigMap", "data": {"DP_MACVTAP_CONF": %[1]s}}, `+
+			`{"kind": "NetworkAttachmentDefinition", "metadata": {"name": "n"}, "spec": {"config": %[1]s}}, `+
+			`{"kind": "SriovNetwork", "metadata": {"name": "s"}, "spec": {"resourceName": "r", "ipam": %[1]s}}]}`, text))
+		if err != nil {
+			return
+		}
+		for _, f := range Validate(docs, Options{}) {
+			require.NotContains(t, f.String(), "\n")
+		}
+		for _, p := range docs.MacvtapPools {
+			require.True(t, linkable(p.LowerDevice))
+			require.Positive(t, p.Capacity)
+		}
+	})
 }
