@@ -67,12 +67,12 @@ func (n *NAD) Key() string { return namespaceOr(n.Namespace) + "/" + n.Name }
 // place is where the definition stands.
 func (n *NAD) place() string { return fmt.Sprintf("%s:%d", n.File, n.Line) }
 
-// asked is what the definition's annotations ask of its switch.
+// asked is what the definition's annotations ask.
 func (n *NAD) asked() any {
 	if n.Switch == nil {
-		return nil
+		return n.ResourceName
 	}
-	return [...]any{n.Switch.CheckARP, n.Switch.LinkLocal, n.Switch.Storm}
+	return [...]any{n.ResourceName, n.Switch.CheckARP, n.Switch.LinkLocal, n.Switch.Storm}
 }
 
 func namespaceOr(ns string) string {

@@ -326,6 +326,7 @@ func TestSameNADs(t *testing.T) {
 		nad("n", `{"type": "bridge"}`):                                 true,
 		annotated(`{"type": "bridge"}`, `other: x`):                    true,
 		annotated(`{"type": "bridge"}`, `sidewire/storm: "5"`):         false,
+		annotated(`{"type": "bridge"}`, resourceAnnotation+`: a/b`):    false,
 		annotated(`{"type": "bridge"}`, `sidewire/link-local: "true"`): false,
 		nad("n", `{"type": "ovs", "bridge": "b"}`):                     false,
 		nad("n", `{"type": "macvlan"}`):                                false,
