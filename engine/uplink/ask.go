@@ -2,6 +2,7 @@ package uplink
 
 import (
 	"encoding/binary"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -28,13 +29,20 @@ func (a *asker) close() {
 
 // route asks the kernel for the route to dst. It returns the kernel's message,
 // or nil if there is none.
-func (a *asker) route(dst uint32) []byte {
-	return a.ask(unix.RTM_GETROUTE, [unix.SizeofRtMsg]byte{unix.AF_INET, 32}, unix.RTA_DST, dst)
+func (a *asker) route(dst netip.Addr) []byte {
+	return a.ask(unix.RTM_GETROUTE, [unix.SizeofRtMsg]byte{familyOf(dst), byte(dst.BitLen())}, unix.RTA_DST, dst)
+}
+
+func familyOf(a netip.Addr) byte {
+	if a.Is4() {
+		return unix.AF_INET
+	}
+	return unix.AF_INET6
 }
 
 // neighbour asks the kernel for a neighbour; nil if it has none.
-func (a *asker) neighbour(link int, ip uint32) *netlink.Neigh {
-	fixed := [unix.SizeofNdMsg]byte{unix.AF_INET}
+func (a *asker) neighbour(link int, ip netip.Addr) *netlink.Neigh {
+	fixed := [unix.SizeofNdMsg]byte{familyOf(ip)}
 	binary.NativeEndian.PutUint32(fixed[4:], uint32(link))
 	b := a.ask(unix.RTM_GETNEIGH, fixed, unix.NDA_DST, ip)
 	if len(b) < unix.SizeofNlMsghdr+unix.SizeofNdMsg || binary.NativeEndian.Uint16(b[4:]) != unix.RTM_NEWNEIGH {
@@ -50,7 +58,7 @@ func (a *asker) neighbour(link int, ip uint32) *netlink.Neigh {
 // ask sends a request of a fixed part and one address, and returns the
 // answer, valid until the next one, or nil. The kernel answers while it is
 // asked, so there is nothing to wait for.
-func (a *asker) ask(typ uint16, fixed [12]byte, attr uint16, ip uint32) []byte {
+func (a *asker) ask(typ uint16, fixed [12]byte, attr uint16, ip netip.Addr) []byte {
 	a.seq++
 	ne := binary.NativeEndian
 	b := a.buf[:unix.SizeofNlMsghdr]
@@ -59,9 +67,9 @@ func (a *asker) ask(typ uint16, fixed [12]byte, attr uint16, ip uint32) []byte {
 	ne.PutUint16(b[6:], unix.NLM_F_REQUEST)
 	ne.PutUint32(b[8:], a.seq)
 	b = append(b, fixed[:]...)
-	b = ne.AppendUint16(b, unix.SizeofRtAttr+4)
+	b = ne.AppendUint16(b, uint16(unix.SizeofRtAttr+ip.BitLen()/8))
 	b = ne.AppendUint16(b, attr)
-	b = binary.BigEndian.AppendUint32(b, ip)
+	b, _ = ip.AppendBinary(b)
 	ne.PutUint32(b, uint32(len(b)))
 	if err := unix.Sendto(a.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return nil
@@ -85,12 +93,12 @@ func (a *asker) ask(typ uint16, fixed [12]byte, attr uint16, ip uint32) []byte {
 // answer is what the kernel says of a destination.
 type answer struct {
 	link int
-	next uint32
+	next netip.Addr
 	mtu  int
 }
 
 // parseRoute reads an RTM_NEWROUTE message. A refusal is an NLMSG_ERROR.
-func parseRoute(b []byte, dst uint32) (answer, bool) {
+func parseRoute(b []byte, dst netip.Addr) (answer, bool) {
 	ne := binary.NativeEndian
 	const fixed = unix.SizeofNlMsghdr + unix.SizeofRtMsg
 	if len(b) < fixed || ne.Uint16(b[4:]) != unix.RTM_NEWROUTE || b[23] != unix.RTN_UNICAST {
@@ -106,8 +114,8 @@ func parseRoute(b []byte, dst uint32) (answer, bool) {
 		switch {
 		case typ == unix.RTA_OIF && len(v) >= 4:
 			a.link = int(ne.Uint32(v))
-		case typ == unix.RTA_GATEWAY && len(v) >= 4:
-			a.next = binary.BigEndian.Uint32(v)
+		case typ == unix.RTA_GATEWAY && len(v) == dst.BitLen()/8:
+			a.next, _ = netip.AddrFromSlice(v)
 		case typ == unix.RTA_VIA:
 			return answer{}, false // an IPv6 neighbour for IPv4: nobody resolves it here
 		case typ == unix.RTA_METRICS:

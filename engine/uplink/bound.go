@@ -128,7 +128,7 @@ func readBound(socks []socket) *bound {
 	b := &bound{at: time.Now()}
 	for _, s := range socks {
 		ip := s.local.Addr()
-		if ip.IsLoopback() || ip.Is6() && !ip.IsUnspecified() || s.state == tcpTimeWait && s.proto == frame.ProtoTCP {
+		if ip.IsLoopback() || ip.IsLinkLocalUnicast() || s.state == tcpTimeWait && s.proto == frame.ProtoTCP {
 			continue
 		}
 		port := int(s.local.Port())

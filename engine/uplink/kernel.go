@@ -9,8 +9,8 @@ import (
 	"sidewire/engine/frame"
 )
 
-// Kernel is a port that hands IPv4 packets to the kernel of the namespace,
-// which finds the next hop's hardware address and sends them. It is for the
+// Kernel is a port that hands IP packets to the kernel of the namespace, which
+// finds the next hop's hardware address and sends them. It is for the
 // few frames that come before the address is known; they carry Mark and leave
 // by one link. Push is safe for concurrent use by different workers.
 type Kernel struct {
@@ -18,10 +18,11 @@ type Kernel struct {
 }
 
 type kernelSender struct {
-	fd   int
-	msgs [1]mmsghdr
-	name unix.RawSockaddrInet4
-	iovs [iovMax]unix.Iovec
+	fd, fd6 int // for IPv4; for IPv6, -1 where the kernel has none
+	msgs    [1]mmsghdr
+	name    unix.RawSockaddrInet4
+	name6   unix.RawSockaddrInet6
+	iovs    [iovMax]unix.Iovec
 }
 
 // OpenKernel makes the port in the current network namespace. It needs
@@ -29,7 +30,7 @@ type kernelSender struct {
 func OpenKernel(link string, workers int) (k *Kernel, err error) {
 	k = &Kernel{senders: make([]kernelSender, workers)}
 	for i := range k.senders {
-		k.senders[i].fd = -1
+		k.senders[i].fd, k.senders[i].fd6 = -1, -1
 	}
 	defer func() {
 		if err != nil {
@@ -38,34 +39,50 @@ func OpenKernel(link string, workers int) (k *Kernel, err error) {
 		}
 	}()
 	for i := range k.senders {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_RAW)
-		if err != nil {
-			return k, privilege(err, "CAP_NET_RAW")
+		s := &k.senders[i]
+		if s.fd, err = openRaw(unix.AF_INET, link); err != nil {
+			return k, err
 		}
-		k.senders[i].fd = fd // IPPROTO_RAW implies IP_HDRINCL and receives nothing
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, Mark); err != nil {
-			return k, privilege(err, "CAP_NET_ADMIN")
-		}
-		if err := unix.BindToDevice(fd, link); err != nil {
-			return k, privilege(err, "CAP_NET_RAW")
+		if s.fd6, err = openRaw(unix.AF_INET6, link); err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
+			return k, err
 		}
 	}
 	return k, nil
+}
+
+// openRaw makes a socket for whole packets, which receives nothing (IPPROTO_RAW
+// implies IP_HDRINCL).
+func openRaw(family int, link string) (int, error) {
+	fd, err := unix.Socket(family, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_RAW)
+	if err != nil {
+		return -1, privilege(err, "CAP_NET_RAW")
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, Mark); err != nil {
+		unix.Close(fd)
+		return -1, privilege(err, "CAP_NET_ADMIN")
+	}
+	if err := unix.BindToDevice(fd, link); err != nil {
+		unix.Close(fd)
+		return -1, privilege(err, "CAP_NET_RAW")
+	}
+	return fd, nil
 }
 
 // Close closes the sockets. No worker may use the port any more.
 func (k *Kernel) Close() error {
 	var errs []error
 	for i := range k.senders {
-		if k.senders[i].fd >= 0 {
-			errs = append(errs, unix.Close(k.senders[i].fd))
-			k.senders[i].fd = -1
+		for _, fd := range []*int{&k.senders[i].fd, &k.senders[i].fd6} {
+			if *fd >= 0 {
+				errs = append(errs, unix.Close(*fd))
+				*fd = -1
+			}
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// Push sends IPv4 frames without their Ethernet header. Frames that want
+// Push sends IP packets without their Ethernet header. Frames that want
 // segmentation are dropped: the flow's next one finds the address known. See
 // engine.Port.
 func (k *Kernel) Push(worker int, fs []*frame.Frame) {
@@ -78,9 +95,10 @@ func (k *Kernel) Push(worker int, fs []*frame.Frame) {
 }
 
 func (s *kernelSender) send(f *frame.Frame) frame.DropReason {
-	const minLen = frame.EthernetLen + 20
+	const min4, min6 = frame.EthernetLen + 20, frame.EthernetLen + 40
+	four := f.HeadLen >= min4 && f.EtherType() == frame.TypeIPv4
 	switch {
-	case f.HeadLen < minLen || f.EtherType() != frame.TypeIPv4:
+	case !four && (f.HeadLen < min6 || f.EtherType() != frame.TypeIPv6 || s.fd6 < 0):
 		return frame.NotCarried
 	case f.GSOType() != frame.GSONone || len(f.Tail)+1 > iovMax:
 		return frame.NoNeighbour
@@ -88,8 +106,6 @@ func (s *kernelSender) send(f *frame.Frame) frame.DropReason {
 	if f.Flags&frame.NeedsCsum != 0 {
 		f.CompleteChecksum()
 	}
-	s.name.Family = unix.AF_INET
-	copy(s.name.Addr[:], f.Head[30:34])
 	setIov(&s.iovs[0], f.Head[frame.EthernetLen:f.HeadLen])
 	n := 1
 	for _, t := range f.Tail {
@@ -99,10 +115,19 @@ func (s *kernelSender) send(f *frame.Frame) frame.DropReason {
 		}
 	}
 	m := &s.msgs[0].hdr
-	m.Name, m.Namelen = nameOf(&s.name), unix.SizeofSockaddrInet4
+	fd := s.fd
+	if four {
+		s.name.Family = unix.AF_INET
+		copy(s.name.Addr[:], f.Head[30:34])
+		m.Name, m.Namelen = nameOf(&s.name), unix.SizeofSockaddrInet4
+	} else {
+		fd, s.name6.Family = s.fd6, unix.AF_INET6
+		copy(s.name6.Addr[:], f.Head[38:54])
+		m.Name, m.Namelen = nameOf6(&s.name6), unix.SizeofSockaddrInet6
+	}
 	m.Iov = &s.iovs[0]
 	m.SetIovlen(n)
-	_, errno := sendmmsg(s.fd, s.msgs[:])
+	_, errno := sendmmsg(fd, s.msgs[:])
 	clear(s.iovs[:n])
 	if errno != 0 {
 		return frame.SendFailed

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -70,7 +71,7 @@ func usable(state int) bool {
 }
 
 // hop returns the Hop of a neighbour, with its address if that is known.
-func (r *Router) hop(next uint32, mtu int) *frame.Hop {
+func (r *Router) hop(next netip.Addr, mtu int) *frame.Hop {
 	if mtu == 0 || mtu > r.mtu {
 		mtu = r.mtu
 	}
@@ -124,8 +125,9 @@ func (r *Router) forget() {
 
 // neighbour takes in what became of a neighbour.
 func (r *Router) neighbour(k *netlink.Neigh, there bool) {
-	ip, ok := addr4(k.IP)
-	if !ok || k.LinkIndex != r.index || k.Family != unix.AF_INET {
+	ip, ok := netip.AddrFromSlice(k.IP)
+	ip = ip.Unmap()
+	if !ok || k.LinkIndex != r.index || k.Family != r.family || ip.Is4() != (r.family == unix.AF_INET) || ip.IsMulticast() {
 		return
 	}
 	r.mu.Lock()
@@ -158,7 +160,7 @@ func (r *Router) neighbour(k *netlink.Neigh, there bool) {
 
 // loadNeighbours takes in what the kernel knows of all of them.
 func (r *Router) loadNeighbours() error {
-	ks, err := r.h.NeighList(r.index, netlink.FAMILY_V4)
+	ks, err := r.h.NeighList(r.index, r.family)
 	if err != nil {
 		return fmt.Errorf("neighbours: %w", err)
 	}
@@ -184,7 +186,7 @@ type prober struct {
 	asks asker
 	wake chan struct{}
 	stop chan struct{}
-	todo []uint32
+	todo []netip.Addr
 }
 
 func newProber() prober {
@@ -235,14 +237,13 @@ func (r *Router) probeWanted() {
 // probeOne tells the kernel that a neighbour is in use: an unknown one is asked
 // for, a stale one is asked again. One that the kernel knows already makes no
 // notice, so it is read.
-func (r *Router) probeOne(ip uint32) {
+func (r *Router) probeOne(ip netip.Addr) {
 	n, news := r.peek(ip)
 	if n == nil {
 		return
 	}
-	addr := net.IP(binary.BigEndian.AppendUint32(nil, ip))
 	// A failure shows as a neighbour that stays unknown.
-	_ = r.probe.h.NeighSet(&netlink.Neigh{LinkIndex: r.index, Family: netlink.FAMILY_V4, IP: addr, Flags: netlink.NTF_USE})
+	_ = r.probe.h.NeighSet(&netlink.Neigh{LinkIndex: r.index, Family: r.family, IP: ip.AsSlice(), Flags: netlink.NTF_USE})
 	k := r.probe.asks.neighbour(r.index, ip)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -253,7 +254,7 @@ func (r *Router) probeOne(ip uint32) {
 }
 
 // peek returns a neighbour, and how much the kernel has told of it.
-func (r *Router) peek(ip uint32) (n *neighbour, news uint32) {
+func (r *Router) peek(ip netip.Addr) (n *neighbour, news uint32) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if n = r.neighs[ip]; n != nil {

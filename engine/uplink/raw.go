@@ -63,6 +63,11 @@ func setIov(v *unix.Iovec, b []byte) {
 	v.SetLen(len(b))
 }
 
+// nameOf6 is nameOf for IPv6.
+func nameOf6(a *unix.RawSockaddrInet6) *byte {
+	return (*byte)(unsafe.Pointer(a)) // SAFETY: as in nameOf
+}
+
 // nameOf is a socket address as a Msghdr wants it.
 func nameOf(a *unix.RawSockaddrInet4) *byte {
 	return (*byte)(unsafe.Pointer(a)) // SAFETY: the kernel reads Namelen bytes, the size of *a

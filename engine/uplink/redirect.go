@@ -76,8 +76,11 @@ func OpenRedirect(c RedirectConfig) (r *Redirect, err error) {
 		return nil, err
 	}
 	if !c.Pod.IsValid() {
-		if c.Pod, err = firstAddr(l); err != nil {
+		if c.Pod, err = firstAddr(l, unix.AF_INET); err != nil {
 			return nil, err
+		}
+		if !c.Pod.IsValid() {
+			return nil, fmt.Errorf("link %s has no IPv4 address", c.Link)
 		}
 	}
 	if err := checkPorts(c.Ports); err != nil {

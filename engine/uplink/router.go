@@ -1,8 +1,10 @@
 package uplink
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 
@@ -42,15 +44,17 @@ const (
 	mtuMax   = 8
 )
 
-// Router finds next hops by one link. Route and Local are safe for concurrent
-// use by workers.
+// Router finds next hops by one link, for IPv4. Route and Local are safe for
+// concurrent use by workers. See [Router6] for IPv6.
 type Router struct {
-	index int
-	local atomic.Pointer[AddrSet]
-	sub   *nl.NetlinkSocket
-	h     *netlink.Handle // the listener's
-	probe prober
-	done  sync.WaitGroup // the listener and the prober
+	family int // unix.AF_INET or unix.AF_INET6
+	index  int
+	local  atomic.Pointer[AddrSet]
+	local6 atomic.Pointer[map[[16]byte]struct{}]
+	sub    *nl.NetlinkSocket
+	h      *netlink.Handle // the listener's
+	probe  prober
+	done   sync.WaitGroup // the listener and the prober
 
 	mu     sync.Mutex // guards what follows
 	routes asker
@@ -58,9 +62,34 @@ type Router struct {
 	mtu    int
 	up     bool
 	noARP  bool
-	neighs map[uint32]*neighbour
-	dsts   map[uint32]*frame.Hop // nil is no way by this link
+	neighs map[netip.Addr]*neighbour
+	dsts   map[netip.Addr]*frame.Hop // nil is no way by this link
 }
+
+// Router6 is a Router for IPv6.
+type Router6 struct{ r *Router }
+
+// NewRouter6 makes a router for a link of the current network namespace.
+func NewRouter6(linkName string) (*Router6, error) {
+	r, err := startRouter(linkName, unix.AF_INET6)
+	if err != nil {
+		return nil, err
+	}
+	return &Router6{r}, nil
+}
+
+// Route is [Router.Route].
+func (r *Router6) Route(dst [16]byte) *frame.Hop { return r.r.route(netip.AddrFrom16(dst)) }
+
+// Local says whether an address is one of the namespace's own on links, but for
+// loopback and link-local ones. It is safe for concurrent use.
+func (r *Router6) Local(ip [16]byte) bool {
+	_, ok := (*r.r.local6.Load())[ip]
+	return ok
+}
+
+// Close is [Router.Close].
+func (r *Router6) Close() { r.r.Close() }
 
 // AddrSet is an immutable set of IPv4 addresses.
 type AddrSet struct {
@@ -100,8 +129,10 @@ func newAddrSet(ips []uint32) *AddrSet {
 }
 
 // NewRouter makes a router for a link of the current network namespace.
-func NewRouter(linkName string) (*Router, error) {
-	r, err := openRouter(linkName)
+func NewRouter(linkName string) (*Router, error) { return startRouter(linkName, unix.AF_INET) }
+
+func startRouter(linkName string, family int) (*Router, error) {
+	r, err := openRouter(linkName, family)
 	if err != nil {
 		return nil, err
 	}
@@ -111,8 +142,8 @@ func NewRouter(linkName string) (*Router, error) {
 }
 
 // openRouter is NewRouter without what runs by itself.
-func openRouter(linkName string) (r *Router, err error) {
-	r = &Router{neighs: map[uint32]*neighbour{}, dsts: map[uint32]*frame.Hop{}, routes: asker{fd: -1}, probe: newProber()}
+func openRouter(linkName string, family int) (r *Router, err error) {
+	r = &Router{family: family, neighs: map[netip.Addr]*neighbour{}, dsts: map[netip.Addr]*frame.Hop{}, routes: asker{fd: -1}, probe: newProber()}
 	defer func() {
 		if err != nil {
 			r.closeSockets()
@@ -125,8 +156,11 @@ func openRouter(linkName string) (r *Router, err error) {
 	}
 	r.index = l.Attrs().Index
 	// Subscribe before the first look, so that no change falls between.
-	r.sub, err = nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH,
-		unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE)
+	groups := []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE}
+	if family == unix.AF_INET6 {
+		groups = []uint{unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV6_IFADDR, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV6_RULE}
+	}
+	r.sub, err = nl.Subscribe(unix.NETLINK_ROUTE, groups...)
 	if err != nil {
 		return r, err
 	}
@@ -168,6 +202,10 @@ func (r *Router) Local() *AddrSet { return r.local.Load() }
 // Route returns the next hop to dst, or nil if there is no way by this link.
 // Ask again when the Hop is retired.
 func (r *Router) Route(dst uint32) *frame.Hop {
+	return r.route(netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, dst))))
+}
+
+func (r *Router) route(dst netip.Addr) *frame.Hop {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.up {

@@ -293,7 +293,7 @@ func TestRouteDoesNotProbe(t *testing.T) {
 	neigh := func() string { return output(t, w.Pod, "ip", "neigh", "show", "dev", "eth0") }
 	var r *Router
 	enginetest.Must(t, w.Pod.Do(func() (err error) {
-		r, err = openRouter("eth0")
+		r, err = openRouter("eth0", unix.AF_INET)
 		return err
 	}))
 	defer r.closeSockets()
@@ -338,7 +338,7 @@ func TestKnownNeighbours(t *testing.T) {
 	require.Eventually(t, func() bool {
 		r.mu.Lock()
 		defer r.mu.Unlock()
-		return r.neighs[u32("10.244.1.8")] != nil
+		return r.neighs[netip.MustParseAddr("10.244.1.8")] != nil
 	}, deadline, time.Millisecond)
 	require.True(t, known(r, "10.244.1.8"))
 	r.reload()
@@ -378,8 +378,8 @@ func TestHopsByMTU(t *testing.T) {
 	require.False(t, a.Retired() || b.Retired())
 	for i := range 3 * mtuMax {
 		r.mu.Lock()
-		require.NotNil(t, r.hop(u32(enginetest.OutsideIP), 1000+i))
-		require.LessOrEqual(t, len(r.neighs[u32(enginetest.OutsideIP)].hops), mtuMax)
+		require.NotNil(t, r.hop(netip.MustParseAddr(enginetest.OutsideIP), 1000+i))
+		require.LessOrEqual(t, len(r.neighs[netip.MustParseAddr(enginetest.OutsideIP)].hops), mtuMax)
 		r.mu.Unlock()
 	}
 	require.True(t, a.Retired())
@@ -409,7 +409,9 @@ func FuzzParseRoute(f *testing.F) {
 	short := append([]byte(nil), msg...)
 	short[28] = 1 // shorter than its own header
 	f.Add(short, uint32(1))
-	f.Fuzz(func(t *testing.T, b []byte, dst uint32) { parseRoute(b, dst) })
+	f.Fuzz(func(t *testing.T, b []byte, dst uint32) {
+		parseRoute(b, netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, dst))))
+	})
 }
 
 // The kernel finds the neighbour for frames that come before it is known, and

@@ -36,8 +36,8 @@ import (
 // goes both ways; so do ICMP errors, because only the two flow tables know
 // whose packet is quoted. Neither side minds what is not its own.
 //
-// Limits: IPv4 over untagged unicast frames; everything else stays with the
-// pod.
+// Limits: untagged unicast frames; everything else stays with the pod. What is
+// here is for IPv4, see ruleset6.go.
 const (
 	tcpIdle   = 7440 * time.Second // RFC 5382, REQ-5: 2 h 4 min
 	tcpBrief  = 240 * time.Second  // opening and closing
@@ -116,6 +116,7 @@ func (p *Pod) makeTables() error {
 	flows("guestothers", typeProto, 4096)
 	flows("podfrags", typeFrag, 4096)
 	flows("guestfrags", typeFrag, 4096)
+	err = errors.Join(err, p.makeTables6(c, dev, hook))
 
 	ip := c.AddTable(p.ipTable())
 	base := func(name string, t nftables.ChainType, h *nftables.ChainHook, prio *nftables.ChainPriority) {
@@ -147,17 +148,21 @@ func (p *Pod) seed(socks []socket) error {
 		key := append(s.remote.Addr().AsSlice(), s.proto, 0, 0, 0)
 		key = append(binary.BigEndian.AppendUint16(key, s.local.Port()), 0, 0)
 		key = append(binary.BigEndian.AppendUint16(key, s.remote.Port()), 0, 0)
-		idle := udpIdle
-		if s.proto == frame.ProtoTCP {
-			idle = tcpIdle
-		}
-		if s.proto == frame.ProtoTCP && s.state == tcpTimeWait {
-			idle = tcpBrief
-		}
-		elems = append(elems, nftables.SetElement{Key: key, Timeout: idle})
+		elems = append(elems, nftables.SetElement{Key: key, Timeout: s.idle()})
 	}
 	flows := &nftables.Set{Table: p.netdevTable(), Name: "flows", KeyType: typeFlow, HasTimeout: true}
 	return addElements(flows, elems)
+}
+
+// idle is how long the flow of a socket is remembered.
+func (s *socket) idle() time.Duration {
+	switch {
+	case s.proto != frame.ProtoTCP:
+		return udpIdle
+	case s.state == tcpTimeWait:
+		return tcpBrief
+	}
+	return tcpIdle
 }
 
 // addElements puts elements into a set, in messages that are not too long.
@@ -238,10 +243,15 @@ var chainsEgress = []string{"egress", "marked", "seen", "seentcp"}
 // unseen while those of before are noted.
 func (p *Pod) setEgress() error {
 	r := &rules{family: nftables.TableFamilyNetdev, table: tableName(p.c.Link)}
-	for _, c := range chainsEgress {
+	for _, c := range slices.Concat(chainsEgress, chainsEgress6) {
 		r.flush(c)
 	}
-	p.egressRules(r)
+	if p.c.Pod.IsValid() {
+		p.egressRules(r)
+	}
+	if p.c.Pod6.IsValid() {
+		p.egressRules6(r)
+	}
 	if err := r.commit(); err != nil {
 		return nftError(err)
 	}
@@ -251,7 +261,7 @@ func (p *Pod) setEgress() error {
 // emptyTables takes all rules out of the tables but what must be put back.
 func emptyTables(link string) error {
 	dev := &rules{family: nftables.TableFamilyNetdev, table: tableName(link)}
-	for _, c := range chainsNetdev {
+	for _, c := range slices.Concat(chainsNetdev, chainsNetdev6) {
 		dev.flush(c)
 	}
 	ip := &rules{family: nftables.TableFamilyIPv4, table: tableName(link)}
@@ -264,18 +274,26 @@ func emptyTables(link string) error {
 // setRules replaces all rules, in one transaction for each table.
 func (p *Pod) setRules() error {
 	dev := &rules{family: nftables.TableFamilyNetdev, table: tableName(p.c.Link)}
-	for _, c := range chainsNetdev {
+	for _, c := range slices.Concat(chainsNetdev, chainsNetdev6) {
 		dev.flush(c)
 	}
-	p.ingressRules(dev)
-	p.icmpRules(dev)
-	p.fragmentRules(dev)
-	p.egressRules(dev)
+	if p.c.Pod.IsValid() {
+		p.ingressRules(dev)
+		p.icmpRules(dev)
+		p.fragmentRules(dev)
+		p.egressRules(dev)
+	}
+	if p.c.Pod6.IsValid() {
+		p.ingressRules6(dev)
+		p.egressRules6(dev)
+	}
 	ip := &rules{family: nftables.TableFamilyIPv4, table: tableName(p.c.Link)}
 	for _, c := range chainsIP {
 		ip.flush(c)
 	}
-	p.loopbackRules(ip)
+	if p.c.Pod.IsValid() {
+		p.loopbackRules(ip)
+	}
 	for _, r := range []*rules{dev, ip} {
 		if err := r.commit(); err != nil {
 			return nftError(err)

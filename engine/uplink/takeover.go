@@ -36,8 +36,9 @@ var DefaultNAT = PortRange{40000, 65535}
 // TakeoverConfig says who lives behind the address of a pod.
 type TakeoverConfig struct {
 	Link string // the pod's interface, such as eth0
-	// Pod is the address that is shared; the zero value is the link's first.
-	Pod netip.Addr
+	// Pod and Pod6 are the addresses that are shared; the zero value is the
+	// link's first one of that family that others may know, if there is one.
+	Pod, Pod6 netip.Addr
 	// Guests live behind it, at most one of them with everything.
 	Guests []Guest
 	// NAT is the range of external ports; the zero value is DefaultNAT.
@@ -51,6 +52,9 @@ type Guest struct {
 	// the prefix that both are in. Prefixes of guests do not overlap.
 	Addr    netip.Addr
 	Gateway netip.Prefix
+	// Addr6 and Gateway6 are the same for IPv6; the zero value is none.
+	Addr6    netip.Addr
+	Gateway6 netip.Prefix
 	// Ports are those published. None means everything that is not the pod's
 	// own business, nor listed by another guest.
 	Ports []Port
@@ -118,9 +122,14 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 		return p, err
 	}
 	for i, g := range c.Guests {
-		tap, err := OpenTap(TapConfig{
-			Name: TapName(c.Link, i), MAC: GatewayMAC, Addr: g.Gateway, MTU: p.mtu, Workers: c.Workers,
-		})
+		t := TapConfig{Name: TapName(c.Link, i), MAC: GatewayMAC, MTU: p.mtu, Workers: c.Workers}
+		if p.c.Pod.IsValid() {
+			t.Addr = g.Gateway
+		}
+		if p.c.Pod6.IsValid() {
+			t.Addr6 = g.Gateway6
+		}
+		tap, err := OpenTap(t)
 		if err != nil {
 			return p, err
 		}
@@ -140,26 +149,40 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 	if err := checkGuests(c.Guests); err != nil {
 		return err
 	}
-	if c.Pod.IsValid() {
-		return nil
+	for _, a := range []struct {
+		addr   *netip.Addr
+		family int
+	}{{&c.Pod, netlink.FAMILY_V4}, {&c.Pod6, netlink.FAMILY_V6}} {
+		if a.addr.IsValid() {
+			continue
+		}
+		var err error
+		if *a.addr, err = firstAddr(l, a.family); err != nil {
+			return err
+		}
 	}
-	var err error
-	c.Pod, err = firstAddr(l)
-	return err
+	if !slices.ContainsFunc(c.Guests, func(g Guest) bool { return g.Addr6.IsValid() }) {
+		c.Pod6 = netip.Addr{}
+	}
+	if !c.Pod.IsValid() && !c.Pod6.IsValid() {
+		return fmt.Errorf("link %s has no IP address", c.Link)
+	}
+	return nil
 }
 
-// firstAddr is the first IPv4 address of a link that others may know.
-func firstAddr(l netlink.Link) (netip.Addr, error) {
-	addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
+// firstAddr is the first address of a link that others may know, the zero value
+// if it has none.
+func firstAddr(l netlink.Link, family int) (netip.Addr, error) {
+	addrs, err := netlink.AddrList(l, family)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("addresses: %w", err)
 	}
 	for _, a := range addrs {
-		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip.IsGlobalUnicast() {
-			return ip, nil
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.IsGlobalUnicast() && a.Flags&unix.IFA_F_TEMPORARY == 0 {
+			return ip.Unmap(), nil
 		}
 	}
-	return netip.Addr{}, fmt.Errorf("link %s has no IPv4 address", l.Attrs().Name)
+	return netip.Addr{}, nil
 }
 
 func checkGuests(guests []Guest) error {
@@ -171,7 +194,13 @@ func checkGuests(guests []Guest) error {
 		if !g.Addr.Is4() || !g.Gateway.Addr().Is4() || !g.Gateway.Contains(g.Addr) || g.Gateway.Addr() == g.Addr {
 			return fmt.Errorf("guest %s and gateway %s are not two IPv4 addresses of one prefix", g.Addr, g.Gateway)
 		}
+		if g.Addr6.IsValid() && (!g.Addr6.Is6() || !g.Gateway6.Contains(g.Addr6) || g.Gateway6.Addr() == g.Addr6) {
+			return fmt.Errorf("guest %s and gateway %s are not two IPv6 addresses of one prefix", g.Addr6, g.Gateway6)
+		}
 		for _, other := range guests[:i] {
+			if g.Addr6.IsValid() && other.Gateway6.Overlaps(g.Gateway6) {
+				return fmt.Errorf("two guests are in %s and %s, which overlap", other.Gateway6.Masked(), g.Gateway6.Masked())
+			}
 			if other.Gateway.Overlaps(g.Gateway) {
 				return fmt.Errorf("two guests are in %s and %s, which overlap", other.Gateway.Masked(), g.Gateway.Masked())
 			}
@@ -229,8 +258,16 @@ func (p *Pod) install() error {
 	if err := p.setEgress(); err != nil {
 		return err
 	}
-	if err := p.seed(readSockets()); err != nil {
-		return err
+	socks := readSockets()
+	if p.c.Pod.IsValid() {
+		if err := p.seed(socks); err != nil {
+			return err
+		}
+	}
+	if p.c.Pod6.IsValid() {
+		if err := p.seed6(socks); err != nil {
+			return err
+		}
 	}
 	return p.setRules()
 }
@@ -242,8 +279,12 @@ func (p *Pod) Sink() string { return sinkName(p.c.Link) }
 // Tap is the port from the i-th guest to the pod's own processes.
 func (p *Pod) Tap(i int) *Tap { return p.taps[i] }
 
-// Addr is the pod's address, which the guest shares.
+// Addr is the pod's address, which the guest shares; not valid if it has none of
+// IPv4.
 func (p *Pod) Addr() netip.Addr { return p.c.Pod }
+
+// Addr6 is the pod's IPv6 address, see Addr.
+func (p *Pod) Addr6() netip.Addr { return p.c.Pod6 }
 
 // NAT is the range of external ports that the pod's kernel keeps out of.
 func (p *Pod) NAT() PortRange { return p.c.NAT }

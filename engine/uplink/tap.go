@@ -24,7 +24,9 @@ type TapConfig struct {
 	MAC  frame.MAC
 	// Addr is the kernel's address on the tap and the prefix behind it; the
 	// zero value is none.
-	Addr    netip.Prefix
+	Addr netip.Prefix
+	// Addr6 is the same for IPv6. Nobody else is on the tap who could have it.
+	Addr6   netip.Prefix
 	MTU     int // in bytes
 	Workers int // how many workers push
 }
@@ -81,12 +83,16 @@ func OpenTap(c TapConfig) (t *Tap, err error) {
 	if err := quiet(l, c.MTU, true); err != nil {
 		return t, err
 	}
-	if c.Addr.IsValid() {
-		a := &netlink.Addr{IPNet: &net.IPNet{
-			IP: c.Addr.Addr().AsSlice(), Mask: net.CIDRMask(c.Addr.Bits(), c.Addr.Addr().BitLen()),
-		}}
+	for _, p := range []netip.Prefix{c.Addr, c.Addr6} {
+		if !p.IsValid() {
+			continue
+		}
+		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
+		if p.Addr().Is6() {
+			a.Flags = unix.IFA_F_NODAD
+		}
 		if err := netlink.AddrAdd(l, a); err != nil {
-			return t, fmt.Errorf("address %s: %w", c.Addr, err)
+			return t, fmt.Errorf("address %s: %w", p, err)
 		}
 	}
 	return t, nil

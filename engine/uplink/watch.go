@@ -3,6 +3,7 @@ package uplink
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"syscall"
 
@@ -108,9 +109,19 @@ func (r *Router) loadLink() error {
 }
 
 func (r *Router) loadAddrs() error {
-	addrs, err := r.h.AddrList(nil, netlink.FAMILY_V4)
+	addrs, err := r.h.AddrList(nil, r.family)
 	if err != nil {
 		return fmt.Errorf("addresses: %w", err)
+	}
+	if r.family == unix.AF_INET6 {
+		own := map[[16]byte]struct{}{}
+		for _, a := range addrs {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Is6() && !ip.IsLoopback() && !ip.IsLinkLocalUnicast() {
+				own[ip.As16()] = struct{}{}
+			}
+		}
+		r.local6.Store(&own)
+		return nil
 	}
 	var ips []uint32
 	for _, a := range addrs {

@@ -25,6 +25,9 @@ func (vm VM) StableMAC(name string) net.HardwareAddr {
 // has to see the memory and could not, that is mended, and a note says so. command is not changed.
 func QEMULaunch(vm VM, o QEMUOptions, command []string) (args, notes []string, err error) {
 	g := scanQEMU(command)
+	if g.has("daemonize") {
+		return nil, nil, errors.New("-daemonize: sidewire ends when QEMU does, so leave it out and put sidewire itself in the background")
+	}
 	o.KVM = g.kvm()
 	b := &qemuArgs{o: o}
 	if !g.has("smp") {
@@ -43,14 +46,6 @@ func QEMULaunch(vm VM, o QEMUOptions, command []string) (args, notes []string, e
 		b.arg("-nic", "none") // QEMU's own would be one more
 	}
 	return append(g.args, b.args...), b.notes, nil
-}
-
-// CheckQEMU says what is wrong with a command for [QEMULaunch], whatever the VM.
-func CheckQEMU(command []string) error {
-	if scanQEMU(command).has("daemonize") {
-		return errors.New("-daemonize: sidewire ends when QEMU does, so leave it out and put sidewire itself in the background")
-	}
-	return nil
 }
 
 // QEMUProgram is the element of a command that is QEMU itself: the first, unless that is a wrapper such as nsenter.

@@ -60,6 +60,7 @@ func TestLaunchMemory(t *testing.T) {
 // What cannot be mended is one line that says how to.
 func TestLaunchRefuses(t *testing.T) {
 	for given, want := range map[string]string{
+		"-daemonize":   "-daemonize: sidewire ends when QEMU does",
 		"-m lots":      `-m lots: "lots" is no size; write it like 1G`,
 		"-m -1":        "is no size",
 		"-m nan":       "is no size",
@@ -74,12 +75,6 @@ func TestLaunchRefuses(t *testing.T) {
 		assert.Contains(t, err.Error(), want)
 		assert.NotContains(t, err.Error(), "\n")
 	}
-}
-
-// A QEMU that leaves its parent is not one to wait for.
-func TestLaunchDaemon(t *testing.T) {
-	assert.NoError(t, CheckQEMU(strings.Fields("qemu-system-x86_64 -append -daemonize")))
-	assert.ErrorContains(t, CheckQEMU(strings.Fields("qemu-system-x86_64 -daemonize")), "leave it out")
 }
 
 // Where no port of ours sees the guest's memory it stays as it is; and QEMU gets no NIC that nobody asked for.

@@ -257,6 +257,12 @@ func (g *generator) beside(spec, devices object) {
 			in[key] = value()
 		}
 	}
+	maybe(devices, "useVirtioTransitional", 10, func() any { return g.chance(50) })
+	maybe(domain, "cpu", 20, func() any { return object{"sockets": 1 + g.IntN(3), "cores": 1 + g.IntN(3), "threads": 1} })
+	maybe(domain, "resources", 20, func() any {
+		return object{"requests": object{"memory": pick(g, 2, "512Mi", "1Gi"), "cpu": pick(g, 2, "2", "500m")}, "limits": object{"memory": "1Gi", "cpu": 2}}
+	})
+	maybe(domain, "memory", 10, func() any { return object{"guest": "1Gi", "hugepages": object{"pageSize": "2Mi"}} })
 	maybe(devices, "networkInterfaceMultiqueue", 20, func() any { return g.chance(50) })
 	maybe(devices, "autoattachPodInterface", 20, func() any { return g.chance(50) })
 	maybe(devices, "disks", 30, func() any {
