@@ -20,7 +20,7 @@ import (
 
 var (
 	update  = flag.Bool("update", false, "write the webhook's answers into testdata/webhook")
-	count   = flag.Int("specs", 4000, "how many specs to generate")
+	count   = flag.Int("specs", 3000, "how many specs to generate")
 	seed    = flag.Uint64("seed", 1, "of the generator")
 	golden  = filepath.Join("..", "testdata", "webhook")
 	service = filepath.Join("..", "testdata", "guide")
