@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -84,6 +85,7 @@ func startHardware(t *testing.T) *hardware {
 	}
 	image.Files["/sidewire"] = program
 	image.Files["/vmi.yaml"] = writeFile(t, "vmi.yaml", onFunction)
+	image.Files["/anywhere.yaml"] = writeFile(t, "anywhere.yaml", strings.Replace(onFunction, `, pciAddress: "0000:00:05.0"`, "", 1))
 	initramfs := filepath.Join(dir, "initramfs.cpio")
 	f, err := os.Create(initramfs)
 	require.NoError(t, err)
@@ -164,9 +166,9 @@ func (h *hardware) waitText(file, words string, process int, output string) {
 	}
 }
 
-// TestSRIOVQEMURow16Row69Row71Row72Row81 has sidewire, in a machine with an emulated
+// TestSRIOVQEMURow16Row69Row71Row72Row73Row81 has sidewire, in a machine with an emulated
 // card and IOMMU, give a QEMU there a virtual function.
-func TestSRIOVQEMURow16Row69Row71Row72Row81(t *testing.T) {
+func TestSRIOVQEMURow16Row69Row71Row72Row73Row81(t *testing.T) {
 	h := startHardware(t)
 	_, _, before := h.function()
 	require.Contains(t, before, "spoof checking on")
@@ -195,6 +197,7 @@ func TestSRIOVQEMURow16Row69Row71Row72Row81(t *testing.T) {
 	d := st.Interfaces[0].Handoff
 	assert.Equal(t, []any{"handed over", "eth0", mac, 100}, []any{d.State, d.Link, d.MAC, d.VLAN})
 	require.NotEmpty(t, h.text("/sys/kernel/iommu_groups/"+d.Group+"/devices/"+functionAddress+"/class"))
+	assert.Less(t, h.resident(process), 48<<20, "a sidecar has 64 MB by default")
 	status, out = run("/tmp/other", functionAddress)
 	assert.Equal(t, 2, status)
 	assert.Contains(t, out, fmt.Sprintf("another process has IOMMU group %s (/dev/vfio/%s)", d.Group, d.Group))
@@ -214,4 +217,43 @@ func TestSRIOVQEMURow16Row69Row71Row72Row81(t *testing.T) {
 	driver, mac, settings = h.function()
 	assert.Equal(t, []string{"igbvf", before}, []string{driver, settings}, "it is given back; sidewire says:\n%s", out)
 	assert.NotEqual(t, "02:00:00:00:00:05", mac)
+	h.byMonitor(before)
+}
+
+// resident is how many bytes of memory a process has.
+func (h *hardware) resident(process int) int {
+	h.t.Helper()
+	for line := range strings.Lines(h.text(fmt.Sprintf("/proc/%d/status", process))) {
+		if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
+			kib, err := strconv.Atoi(f[1])
+			require.NoError(h.t, err)
+			return kib << 10
+		}
+	}
+	h.t.Fatalf("process %d does not say how much memory it has", process)
+	return 0
+}
+
+// byMonitor gives the function to a QEMU that runs, one that was never started: it
+// cannot let go of a device. So sidewire ends without it, and the run after that
+// QEMU's end gives the function back.
+func (h *hardware) byMonitor(before string) {
+	t := h.t
+	t.Helper()
+	qemu := h.do(enginetest.GuestCmd{Do: "start", Path: "/qemu-system-x86_64", Args: []string{
+		"-L", "/data", "-machine", "q35", "-m", "64", "-nodefaults", "-display", "none", "-S",
+		"-device", "pcie-root-port,id=spare,chassis=9", "-qmp", "unix:/tmp/qmp.sock,server=on,wait=off",
+	}})
+	args := []string{"run", "-f", "/anywhere.yaml", "--socket-dir", "/tmp/sw", "--vf", "blue=" + functionAddress}
+	r := h.do(enginetest.GuestCmd{Do: "start", Path: "/sidewire", Args: append(args, "--vfio-bind", "--qmp", "/tmp/qmp.sock")})
+	h.waitText(r.Data, `msg="handed over"`, r.Status, r.Data)
+	end := h.do(enginetest.GuestCmd{Do: "stop", N: r.Status})
+	assert.Contains(t, end.Data, "a QEMU still has it; it is given back at the next start of sidewire after that QEMU's end")
+	driver, mac, _ := h.function()
+	assert.Equal(t, []string{"vfio-pci", "02:00:00:00:00:05"}, []string{driver, mac})
+	h.do(enginetest.GuestCmd{Do: "stop", N: qemu.Status})
+	args[len(args)-1] = "blue=" + otherFunction
+	_, out := h.sidewire(args...)
+	driver, _, settings := h.function()
+	assert.Equal(t, []string{"igbvf", before}, []string{driver, settings}, "it is given back; sidewire says:\n%s", out)
 }
