@@ -33,6 +33,7 @@ type SRIOVConfig struct {
 
 	// Tests put these into the kernel's place.
 	write   func(path, text string) error
+	open    func(path string) error
 	links   hostLinks
 	process process
 }
@@ -48,12 +49,19 @@ func (c *SRIOVConfig) complete() {
 	if c.write == nil {
 		c.write = writeFile
 	}
+	if c.open == nil {
+		c.open = openNode
+	}
 	if c.links == nil {
 		c.links = kernelLinks{}
 	}
 	if c.process == nil {
 		c.process = thisProcess{}
 	}
+}
+
+func (c *SRIOVConfig) host() pciHost {
+	return pciHost{sys: c.Sys, dev: c.Dev, write: c.write, open: c.open}
 }
 
 // writeFile writes to a file of sysfs, by one call.
@@ -88,7 +96,7 @@ type SRIOV struct {
 // one's.
 func OpenSRIOV(c SRIOVConfig) (*SRIOV, error) {
 	c.complete()
-	d := &SRIOV{c: c, host: pciHost{sys: c.Sys, dev: c.Dev, write: c.write}}
+	d := &SRIOV{c: c, host: c.host()}
 	if err := d.open(); err != nil {
 		return nil, fmt.Errorf("function %s: %w", c.Address, err)
 	}
@@ -255,7 +263,7 @@ func giveBackLeft(c SRIOVConfig, keep []string) (notes []string, err error) {
 		done, what := true, ""
 		if ok {
 			what = "given back, which an earlier run had left"
-			done, err = giveBack(pciHost{sys: c.Sys, dev: c.Dev, write: c.write}, c.links, state)
+			done, err = giveBack(c.host(), c.links, state)
 		}
 		if err = errors.Join(err, file.close(done)); err != nil {
 			errs = append(errs, fmt.Errorf("give function %s back, which an earlier run had: %w", address, err))

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -163,11 +162,10 @@ func (d *SRIOV) checkNode(left bool) error {
 		return nil // said already
 	}
 	node := d.host.groupNode(d.f.group)
-	f, err := os.OpenFile(node, os.O_RDWR, 0)
-	if err == nil {
-		return f.Close()
-	}
+	err := d.host.open(node)
 	switch {
+	case err == nil:
+		return nil
 	case errors.Is(err, unix.EBUSY) && left:
 		d.warn("a QEMU has it already")
 		return nil

@@ -20,6 +20,8 @@ import (
 type pciHost struct {
 	sys, dev string
 	write    func(path, text string) error
+	// open opens the node of a group, and closes it again.
+	open func(path string) error
 }
 
 // function is a PCI function as sysfs shows it.
@@ -170,15 +172,17 @@ func (s *pciHost) groupNode(group string) string { return filepath.Join(s.dev, "
 
 // busy is whether a process has the group.
 func (s *pciHost) busy(group string) bool {
-	f, err := os.OpenFile(s.groupNode(group), os.O_RDWR, 0)
-	if err == nil {
-		f.Close()
-	}
-	return errors.Is(err, unix.EBUSY)
+	return errors.Is(s.open(s.groupNode(group)), unix.EBUSY)
 }
 
-// writable says why a file of sysfs cannot be written, nil if it can.
-func (s *pciHost) writable(path string) error { return unix.Access(path, unix.W_OK) }
+// openNode is open for the kernel's own.
+func openNode(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
 
 // bind gives a function to a driver, or takes it from the one that has it if the
 // name is empty. From now on only the driver named override may have it, or any

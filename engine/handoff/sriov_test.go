@@ -184,6 +184,13 @@ func (b *board) set(link string, n int, c vfChange) error {
 	return nil
 }
 
+func (b *board) open(path string) error {
+	if err := b.noFile[filepath.Base(path)]; err != nil {
+		return err
+	}
+	return openNode(path)
+}
+
 func (b *board) use(link string) (string, error)            { return b.uses[link], nil }
 func (b *board) state(string) (mtu int, up bool, err error) { return b.mtuIs, b.up, nil }
 func (b *board) can(capability int) bool                    { return b.caps[capability] }
@@ -193,7 +200,7 @@ func (b *board) memlock() uint64                            { return b.lock }
 func (b *board) config(address string) SRIOVConfig {
 	return SRIOVConfig{
 		Address: address, StateDir: filepath.Join(filepath.Dir(b.sys), "state"), Sys: b.sys, Dev: b.dev, Launch: true,
-		write: b.write, links: b, process: b,
+		write: b.write, open: b.open, links: b, process: b,
 	}
 }
 
@@ -343,31 +350,65 @@ func TestSRIOVRow16Missing(t *testing.T) {
 	}
 }
 
-// TestSRIOVRow16NodePermission: the group is another user's.
-func TestSRIOVRow16NodePermission(t *testing.T) {
-	if os.Geteuid() == 0 {
-		// Root may open everything, so the node is one that nobody may: a directory.
+// TestSRIOVRow16Node: what keeps from the group's node is an error where QEMU is ours,
+// and a warning where another QEMU may have more, but for a group that is taken.
+func TestSRIOVRow16Node(t *testing.T) {
+	for _, test := range []struct {
+		err  error
+		want string
+		hard bool
+	}{
+		{unix.EACCES, "no permission to open %s/vfio/22: give it to the user that QEMU runs as (chown, or a rule of udev)", false},
+		{unix.ENOENT, "%s/vfio/22 is not there: load vfio-pci, or give the container that device", false},
+		{unix.ENXIO, "open %s/vfio/22: no such device or address", false},
+		{unix.EBUSY, "another process has IOMMU group 22 (%s/vfio/22): one QEMU at a time can", true},
+	} {
 		b := newBoard(t)
 		b.bound(testVF)
-		node := filepath.Join(b.dev, "vfio/22")
-		require.NoError(t, os.Remove(node))
-		require.NoError(t, os.Mkdir(node, 0o700))
-		_, err := OpenSRIOV(b.config(testVF))
-		require.ErrorContains(t, err, "vfio/22: is a directory")
-		return
+		b.noFile["22"] = test.err
+		want := fmt.Sprintf(test.want, b.dev)
+		c := b.config(testVF)
+		_, err := OpenSRIOV(c)
+		require.EqualError(t, err, "function "+testVF+": "+want)
+		c.Launch = false
+		d, err := OpenSRIOV(c)
+		if test.hard {
+			require.EqualError(t, err, "function "+testVF+": "+want)
+			continue
+		}
+		require.NoError(t, err)
+		assert.Equal(t, []string{"function " + testVF + ": unless QEMU may more than this process: " + want}, d.Warnings)
+		require.NoError(t, d.Close())
 	}
+}
+
+// TestSRIOVRow16Kept: a function that a QEMU still has is left to it, and given back
+// by a later run.
+func TestSRIOVRow16Kept(t *testing.T) {
 	b := newBoard(t)
-	b.bound(testVF)
-	require.NoError(t, os.Chmod(filepath.Join(b.dev, "vfio/22"), 0))
-	_, err := OpenSRIOV(b.config(testVF))
-	require.ErrorContains(t, err, "vfio/22: give it to the user that QEMU runs as")
 	c := b.config(testVF)
-	c.Launch = false
+	c.Bind = true
+	c.VFSettings = VFSettings{Trust: ref(true)}
 	d, err := OpenSRIOV(c)
-	require.NoError(t, err, "another QEMU may have the right")
-	require.Len(t, d.Warnings, 1)
-	assert.Contains(t, d.Warnings[0], "unless QEMU may more than this process: no permission to open")
-	require.NoError(t, d.Close())
+	require.NoError(t, err)
+	b.noFile["22"] = unix.EBUSY
+	done := len(b.log)
+	require.ErrorIs(t, d.Close(), errBusy)
+	require.Equal(t, []string{testVF}, b.left())
+	_, err = giveBackLeft(c, nil)
+	require.ErrorIs(t, err, errBusy)
+	d, err = OpenSRIOV(c)
+	require.NoError(t, err, "it may be its guest's again")
+	assert.True(t, d.Status().Kept)
+	assert.Contains(t, strings.Join(d.Warnings, "\n"), "a QEMU has it already")
+	require.ErrorIs(t, d.Close(), errBusy)
+	assert.Len(t, b.log, done, "nothing is touched meanwhile")
+	delete(b.noFile, "22")
+	_, err = giveBackLeft(c, nil)
+	require.NoError(t, err)
+	assert.Equal(t, "iavf", b.driver(testVF))
+	assert.False(t, b.vfs["ens1f0 1"].Trust)
+	assert.Empty(t, b.left())
 }
 
 // TestSRIOVRow16Undone: what fails half-way is undone.
