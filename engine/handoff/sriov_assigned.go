@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 )
@@ -240,8 +239,8 @@ func variable(resource string) string {
 	return envDevices + strings.ToUpper(strings.NewReplacer("/", "_", ".", "_").Replace(resource))
 }
 
-// pop takes the next function of a network's resource, and takes it out of all
-// pools: one function may be in several. Those that have an owner are nobody's.
+// pop takes the next function of a network's resource that has no owner: one
+// function may be in the pools of several resources.
 func (p *envPool) pop(network string, owner map[string]string) (address, from string, err error) {
 	resource := p.resource[network]
 	if resource == "" {
@@ -250,10 +249,7 @@ func (p *envPool) pop(network string, owner map[string]string) (address, from st
 	}
 	from = variable(resource)
 	for len(p.pools[from]) > 0 {
-		address = p.pools[from][0]
-		for name, pool := range p.pools {
-			p.pools[name] = slices.DeleteFunc(pool, func(other string) bool { return other == address })
-		}
+		address, p.pools[from] = p.pools[from][0], p.pools[from][1:]
 		if canonical, err := ParsePCIAddress(address); err != nil || owner[canonical] == "" {
 			return address, "the environment's " + from, nil
 		}
