@@ -40,7 +40,7 @@ func (h *handoffOptions) check(vms []vmi.VM) error {
 	case h.command != nil && h.qmp != "":
 		return badInput("--qmp is for a QEMU that runs already; leave it out where sidewire starts one")
 	case h.command != nil:
-		return checkCommand(h.command)
+		return checkCommand(vms[0], h.command)
 	case h.qmp != "" && len(vms) != 1:
 		return badInput("%d VMIs given: --qmp %s is one QEMU, which is one VMI's; run a sidewire for each", len(vms), h.qmp)
 	case h.qmp != "" && !slices.ContainsFunc(vms[0].Interfaces, handedOver):
@@ -158,6 +158,11 @@ func macvtapConfig(o *options, vm vmi.VM, i vmi.Interface, queues int) handoff.M
 	c.Adopt = slices.DeleteFunc(append(c.Adopt, w.Link, w.Ordinal), func(s string) bool { return s == "" })
 	if p := w.Macvtap; p != nil {
 		c.Lower, c.Mode, c.Pool, c.Capacity, c.Exposed = p.LowerDevice, p.Mode, p.Name, p.Capacity, p.Any
+	}
+	if w.NAD != nil {
+		if links := o.lanUplinks(i); len(links) > 0 {
+			c.Lower, c.Exposed = links[0], false
+		}
 	}
 	return c
 }

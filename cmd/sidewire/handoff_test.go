@@ -346,6 +346,10 @@ func TestMacvtapRow75Row76Faults(t *testing.T) {
 		p := startSidewire(t, w, named("eth0"), "--macvtap-veth")
 		assert.Equal(t, "eth0", p.status().Interfaces[0].Handoff.Lower)
 	})
+	t.Run("another link by hand", func(t *testing.T) {
+		p := startSidewire(t, w, pool(`[{"name": "dataplane", "lowerDevice": "bond7"}]`), "--uplink", "blue=eth0")
+		assert.Equal(t, "eth0", p.status().Interfaces[0].Handoff.Lower)
+	})
 }
 
 func executable(t *testing.T) string {

@@ -35,11 +35,14 @@ func cutCommand(args []string) (flags, command []string, err error) {
 
 // checkCommand finds a program and says what is wrong with its arguments before
 // anything is opened for it.
-func checkCommand(command []string) error {
+func checkCommand(vm vmi.VM, command []string) error {
 	if _, err := exec.LookPath(command[0]); err != nil {
 		return cannot("-- %s: %w; install QEMU with: apt-get install qemu-system-x86, or give its path", command[0], err)
 	}
-	if err := vmi.CheckQEMU(command); err != nil {
+	_, _, err := vmi.QEMULaunch(vm, vmi.QEMUOptions{Handoff: func(i vmi.Interface) (string, []string, bool) {
+		return "", nil, handedOver(i)
+	}}, command)
+	if err != nil {
 		return inputError{err}
 	}
 	return nil
@@ -64,25 +67,25 @@ const (
 type launched struct {
 	s       *server
 	cmd     *exec.Cmd
-	monitor *net.UnixConn // our end, on which nothing was said yet
+	monitor *net.UnixConn // our end
+	qmp     *handoff.QMP  // on it, once somebody has spoken: one after the other
+	quiet   chan struct{} // closed when nobody announces
 	exited  chan struct{}
 	err     error // how it ended, valid then
 }
 
-// launch starts QEMU and returns when it has ended, or ctx has and so it was
+// launch says that we are ready, starts QEMU and returns when it has ended, or ctx has and so it was
 // ended. QEMU runs where we run, not in the pod's namespace: it gets all that it
 // needs of that as sockets and descriptors.
 func (s *server) launch(ctx context.Context, o *options, vm vmi.VM, out, errw io.Writer) error {
 	restore := keepTerminal()
 	defer restore()
-	l := &launched{s: s, exited: make(chan struct{})}
+	l := &launched{s: s, quiet: make(chan struct{}), exited: make(chan struct{})}
 	if err := l.start(ctx, o, vm, out, errw); err != nil {
 		return err
 	}
 	defer l.monitor.Close()
-	if o.handoff.announce {
-		go l.announce(ctx)
-	}
+	go l.announce(ctx, o.handoff.announce)
 	select {
 	case <-l.exited:
 		return l.result(o.handoff.command[0])
@@ -138,6 +141,9 @@ func (l *launched) start(ctx context.Context, o *options, vm vmi.VM, out, errw i
 	// It must not outlive us even where we are killed.
 	l.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	l.s.log.Debug("starting QEMU", "args", args)
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return errors.Join(err, l.monitor.Close())
+	}
 	started := make(chan error)
 	go l.run(started)
 	if err := <-started; err != nil {
@@ -227,14 +233,26 @@ func launchVersion(ctx context.Context, command []string, errw io.Writer) vmi.QE
 
 // announce waits until the guest runs, which after a migration is when that is
 // over, and has it tell the network where it is.
-func (l *launched) announce(ctx context.Context) {
-	q, err := handoff.NewQMP(l.monitor)
+func (l *launched) announce(ctx context.Context, wanted bool) {
+	defer close(l.quiet)
+	if !wanted {
+		return
+	}
+	err := l.speak()
 	if err == nil {
-		err = announceAll(ctx, q, l.s.handoffs)
+		err = announceAll(ctx, l.qmp, l.s.handoffs)
 	}
 	if err != nil && ctx.Err() == nil {
 		l.s.log.Error("guest is not announced", "err", err)
 	}
+}
+
+// speak begins to talk to the monitor.
+func (l *launched) speak() (err error) {
+	if l.qmp == nil {
+		l.qmp, err = handoff.NewQMP(l.monitor)
+	}
+	return err
 }
 
 // result is how QEMU ended by itself.
@@ -260,9 +278,10 @@ func (l *launched) end() error {
 		return l.result(l.cmd.Path)
 	}
 	go func() {
-		q, err := handoff.NewQMP(l.monitor)
+		<-l.quiet
+		err := l.speak()
 		if err == nil {
-			err = q.Quit()
+			err = l.qmp.Quit()
 		}
 		if err != nil {
 			l.s.log.Debug("QEMU's monitor", "err", err)

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -170,11 +171,47 @@ func TestLaunchExitCode(t *testing.T) {
 		assert.Equal(t, want, o.code, o.err)
 		assert.Equal(t, "ready\n", o.out)
 	}
-	o := run("qemu-system-x86_64", "-no-such-option")
+	o := run("qemu-system-x86_64", "-m", "lots")
+	o.says(t, exitInput, "run", []string{`-m lots: "lots" is no size`})
+	o = run("qemu-system-x86_64", "-no-such-option")
 	assert.Equal(t, 1, o.code)
 	assert.Contains(t, o.err, "no-such-option")
 	assert.Contains(t, o.err, "sidewire run: qemu-system-x86_64 ended: exit status 1")
 	assert.Empty(t, changes(before, footprint(t, w.Pod)))
+}
+
+// Standard input is QEMU's, and a terminal is afterwards as it was, whatever the
+// program did to it.
+func TestLaunchTerminal(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "qemu")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	command := func(qemu ...string) *exec.Cmd {
+		return sidewireCommand(append([]string{"run", "-f", writeFile(t, "vmi.yaml", spec("vm", 1)), "--netns", w.Pod.Path, "--socket-dir", socketDir(t), "--resolv-conf", w.ResolvConf, "--"}, qemu...)...)
+	}
+	cmd := command("qemu-system-x86_64", "-m", "64", "-S", "-nodefaults", "-display", "none", "-monitor", "stdio")
+	cmd.Stdin = strings.NewReader("quit\n")
+	o := finish(t, cmd)
+	assert.Zero(t, o.code, o.err)
+	assert.Contains(t, o.out, "QEMU")
+
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)
+	require.NoError(t, err)
+	defer master.Close()
+	require.NoError(t, unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0))
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	require.NoError(t, err)
+	terminal, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	require.NoError(t, err)
+	defer terminal.Close()
+	before, err := unix.IoctlGetTermios(int(terminal.Fd()), unix.TCGETS)
+	require.NoError(t, err)
+	cmd = command("sh", "-c", "stty raw -echo && stty -a | head -c 0 && kill -9 $$")
+	cmd.Stdin = terminal
+	o = finish(t, cmd)
+	assert.Equal(t, 128+9, o.code, o.err)
+	after, err := unix.IoctlGetTermios(int(terminal.Fd()), unix.TCGETS)
+	require.NoError(t, err)
+	assert.Equal(t, before, after)
 }
 
 // The guest's own end is QEMU's, and sidewire's.

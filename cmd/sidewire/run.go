@@ -55,11 +55,11 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if _, err := fmt.Fprintln(out, "ready"); err != nil {
-		return errors.Join(err, s.stop())
-	}
 	if command != nil {
 		return errors.Join(s.launch(ctx, &o, vms[0], out, errw), s.stop())
+	}
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return errors.Join(err, s.stop())
 	}
 	<-ctx.Done()
 	log.Info("stopping")
