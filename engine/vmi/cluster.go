@@ -14,6 +14,7 @@ type Cluster struct {
 	PermitSlirp      *bool    // permitSlirpInterface
 	FeatureGates     []string // developerConfiguration.featureGates; nil is not said, which is not the same as none
 	DisabledGates    []string // developerConfiguration.disabledFeatureGates
+	Plugins          []string // names of the binding plugins, in order
 }
 
 // Feature gates that concern interfaces, by KubeVirt's names. They are case sensitive.
@@ -93,6 +94,12 @@ func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
 			"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },
 			"permitBridgeInterfaceOnPodNetwork": ptr(&c.PermitBridge),
 			"permitSlirpInterface":              ptr(&c.PermitSlirp),
+			"binding": func(n *yaml.Node, p string) {
+				for _, plugin := range d.pairs(n, p) {
+					c.Plugins = append(c.Plugins, plugin.key)
+				}
+				slices.Sort(c.Plugins)
+			},
 		}),
 		"developerConfiguration": at(fields{
 			"featureGates":         gates(&c.FeatureGates),

@@ -25,7 +25,7 @@ func TestClusterRow85(t *testing.T) {
 	require.NoError(t, err)
 	assert.Empty(t, Validate(docs, Options{}))
 	c := docs.Cluster
-	assert.Equal(t, Cluster{DefaultInterface: "masquerade", PermitBridge: ref(false), PermitSlirp: ref(true), FeatureGates: []string{"Macvtap", "LiveMigration"}}, c)
+	assert.Equal(t, Cluster{DefaultInterface: "masquerade", PermitBridge: ref(false), PermitSlirp: ref(true), FeatureGates: []string{"Macvtap", "LiveMigration"}, Plugins: []string{"x"}}, c)
 	assert.True(t, c.Gate(GateMacvtap))
 	assert.False(t, c.Gate(GatePortRanges))
 	assert.False(t, c.Gate("macvtap"), "gates are case sensitive")
@@ -33,7 +33,7 @@ func TestClusterRow85(t *testing.T) {
 	docs.SetCluster(Cluster{})
 	assert.Equal(t, c, docs.Cluster, "a flag that was not given changes nothing")
 	docs.SetCluster(Cluster{PermitBridge: ref(true), FeatureGates: []string{}})
-	assert.Equal(t, Cluster{DefaultInterface: "masquerade", PermitBridge: ref(true), PermitSlirp: ref(true), FeatureGates: []string{}}, docs.Cluster)
+	assert.Equal(t, Cluster{DefaultInterface: "masquerade", PermitBridge: ref(true), PermitSlirp: ref(true), FeatureGates: []string{}, Plugins: []string{"x"}}, docs.Cluster)
 	assert.False(t, docs.Cluster.Gate(GateMacvtap))
 	assert.True(t, new(Cluster).Gate(GateMacvtap), "nothing said")
 

@@ -1,5 +1,7 @@
 package vmi
 
+import "slices"
+
 // Unsupported lists what is right by [Validate] but cannot be served: not by this release, or not with the
 // definitions that are given. It shrinks as bindings are added; every entry is one `if`.
 func Unsupported(docs Docs) []Fault {
@@ -18,6 +20,10 @@ func Unsupported(docs Docs) []Fault {
 		for j := range v.Spec.Interfaces {
 			f := &v.Spec.Interfaces[j]
 			unsupportedInterface(f, v.interfacePath(j), say)
+			if f.has(PluginBound) && !slices.Contains(docs.Cluster.Plugins, f.Plugin) && len(faults) < maxFaults {
+				// V49, which KubeVirt says when it makes the pod.
+				faults = append(faults, v.fault(Error, v.interfacePath(j)+".binding.name", "couldn't find configuration for network binding: %s", f.Plugin))
+			}
 			if k, multus := v.multusOf(f); multus != nil && len(faults) < maxFaults {
 				faults = append(faults, docs.attachFaults(v, f, k)...)
 			}

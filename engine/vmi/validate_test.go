@@ -428,6 +428,7 @@ func TestUnsupported(t *testing.T) {
 	assert.Equal(t, []string{
 		i0 + ".passtBinding: not supported yet: binding passtBinding; use masquerade: {}",
 		i1 + ".binding: not supported yet: binding plugin p; use masquerade: {}",
+		i1 + ".binding.name: couldn't find configuration for network binding: p", // V49
 	}, lines(Unsupported(docs)))
 
 	docs, err = Parse("v.yaml", []byte(two("name: a\nmasquerade: {}", "name: b\nmasquerade: {}", "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}", podA)))

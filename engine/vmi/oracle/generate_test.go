@@ -76,6 +76,9 @@ func (g *generator) cluster() object {
 	if g.chance(40) {
 		network["defaultNetworkInterface"] = pick(g, 2, "bridge", "masquerade")
 	}
+	if g.chance(20) {
+		network["binding"] = object{"plug": object{"sidecarImage": "i"}, "other": object{}}
+	}
 	developer := object{}
 	if g.chance(80) {
 		developer["featureGates"] = gates

@@ -3,9 +3,11 @@ package oracle
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	nadv1 "github.com/k8snetworkplumbingwg/network-attachment-definition-client/pkg/apis/k8s.cni.cncf.io/v1"
@@ -190,6 +192,7 @@ func sameValues(t *testing.T, data []byte) int {
 		want := vmi.Cluster{}
 		if n := c.NetworkConfiguration; n != nil {
 			want.DefaultInterface, want.PermitBridge, want.PermitSlirp = n.NetworkInterface, n.PermitBridgeInterfaceOnPodNetwork, n.DeprecatedPermitSlirpInterface
+			want.Plugins = slices.Sorted(maps.Keys(n.Binding))
 		}
 		if d := c.DeveloperConfiguration; d != nil {
 			want.FeatureGates, want.DisabledGates = d.FeatureGates, d.DisabledFeatureGates
