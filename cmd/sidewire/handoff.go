@@ -129,6 +129,9 @@ func (n *handoffNIC) open(s *server, o *options) error {
 		}
 	}
 	st := n.device.Status()
+	if st.Limits != "" {
+		s.log.Warn(st.Limits, "interface", n.name())
+	}
 	s.log.Info("device is ready to be handed over", "interface", n.name(), "kind", st.Kind, "link", st.Link, "adopted", st.Adopted, "way", n.way)
 	return nil
 }

@@ -300,6 +300,40 @@ func TestMacvtapRow77Adopted(t *testing.T) {
 	}
 }
 
+// A link that a CNI has set up whole is handed over without CAP_NET_ADMIN, as a
+// sidecar has to.
+func TestMacvtapRow77WithoutNetAdmin(t *testing.T) {
+	needMacvtap(t, "ip", "setpriv")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	require.NoError(t, w.Pod.Run("ip", "link", "add", "link", "eth0", "name", "net1", "address", guestMAC.String(), "type", "macvtap"))
+	p := &process{t: t, dir: socketDir(t), log: &logBuffer{}, vmi: writeFile(t, "vmi.yaml", onMacvtap(2, "", dataplane))}
+	bare := func() *exec.Cmd {
+		return withoutNetAdmin(t, sidewireCommand("run", "-f", p.vmi, "--netns", w.Pod.Path, "--socket-dir", p.dir))
+	}
+	o := finish(t, bare())
+	assert.Equal(t, exitMachine, o.code)
+	assert.Contains(t, o.err, "CAP_NET_ADMIN", "it is down")
+	require.NoError(t, w.Pod.Up("net1"))
+	p.launch(bare())
+	t.Cleanup(p.stop)
+	st := p.status().Interfaces[0].Handoff
+	assert.True(t, st.Adopted)
+	assert.Contains(t, st.Limits, "multicast")
+	assert.Contains(t, p.log.String(), "no multicast reaches the guest")
+	p.stop()
+	assert.Equal(t, []string{"net1"}, macvtaps(t, w.Pod))
+}
+
+// withoutNetAdmin runs a command without that capability.
+func withoutNetAdmin(t *testing.T, cmd *exec.Cmd) *exec.Cmd {
+	t.Helper()
+	program, err := enginetest.Program("setpriv")
+	require.NoError(t, err)
+	bare := exec.Command(program, append([]string{"--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--", executable(t)}, cmd.Args[1:]...)...)
+	bare.Env = cmd.Env
+	return bare
+}
+
 // A handoff that cannot be done is one line with what is missing, exit 2, and
 // nothing is touched.
 func TestMacvtapRow75Row76Faults(t *testing.T) {
@@ -313,23 +347,20 @@ func TestMacvtapRow75Row76Faults(t *testing.T) {
 	for name, c := range map[string]struct {
 		doc   string
 		words []string
-		as    []string
+		bare  bool
 	}{
-		"no link":       {pool(`[{"name": "dataplane", "lowerDevice": "bond7"}]`), []string{"vm/net", "no link bond7", "links that are exposed"}, nil},
-		"not exposed":   {named("eth0"), []string{"eth0 is of kind veth", "only physical links and bonds", "name it there as lowerDevice"}, nil},
-		"loopback":      {named("lo"), []string{"lo is of kind device", "only physical links"}, nil},
-		"capacity":      {pool(`[{"name": "dataplane", "lowerDevice": "eth0", "capacity": 1}]`), []string{"pool dataplane is used up", "raise capacity"}, nil},
-		"MTU":           {onMacvtap(1, `, "mtu": 9000`, dataplane), []string{"MTU 9000 is more than the 1500 of eth0", "ip link set eth0 mtu 9000"}, nil},
-		"passthru":      {pool(`[{"name": "dataplane", "lowerDevice": "eth0", "mode": "passthru"}]`), []string{"make a macvtap on eth0", "passthru", "in use"}, nil},
-		"no capability": {pool(dataplane), []string{"CAP_NET_ADMIN", "setcap"}, []string{"setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--"}},
+		"no link":       {pool(`[{"name": "dataplane", "lowerDevice": "bond7"}]`), []string{"vm/net", "no link bond7", "links that are exposed"}, false},
+		"not exposed":   {named("eth0"), []string{"eth0 is of kind veth", "only physical links and bonds", "name it there as lowerDevice"}, false},
+		"loopback":      {named("lo"), []string{"lo is of kind device", "only physical links"}, false},
+		"capacity":      {pool(`[{"name": "dataplane", "lowerDevice": "eth0", "capacity": 1}]`), []string{"pool dataplane is used up", "raise capacity"}, false},
+		"MTU":           {onMacvtap(1, `, "mtu": 9000`, dataplane), []string{"MTU 9000 is more than the 1500 of eth0", "ip link set eth0 mtu 9000"}, false},
+		"passthru":      {pool(`[{"name": "dataplane", "lowerDevice": "eth0", "mode": "passthru"}]`), []string{"make a macvtap on eth0", "passthru", "in use"}, false},
+		"no capability": {pool(dataplane), []string{"CAP_NET_ADMIN", "setcap"}, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := sidewireCommand("run", "-f", writeFile(t, "vmi.yaml", c.doc), "--netns", w.Pod.Path, "--socket-dir", socketDir(t))
-			if c.as != nil {
-				path, err := exec.LookPath(c.as[0])
-				require.NoError(t, err)
-				cmd.Args = append(append([]string{}, c.as...), append([]string{executable(t)}, cmd.Args[1:]...)...)
-				cmd.Path = path
+			if c.bare {
+				cmd = withoutNetAdmin(t, cmd)
 			}
 			before := macvtaps(t, w.Pod)
 			o := finish(t, cmd)

@@ -40,6 +40,9 @@ type Status struct {
 	Adopted bool   `json:"adopted"`        // it was there before us
 	Kept    bool   `json:"kept,omitempty"` // a run before this one prepared it and crashed: QEMU may have it
 
+	// Limits is what the guest does without, empty if nothing.
+	Limits string `json:"limits,omitempty"`
+
 	// Of a macvtap.
 	Link     string `json:"link,omitempty"`
 	Lower    string `json:"lower,omitempty"` // empty where that is in another namespace

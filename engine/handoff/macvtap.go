@@ -62,6 +62,7 @@ type Macvtap struct {
 	node   node
 	vhost  bool
 	kept   bool
+	asIs   bool // we may not change it, and need not
 	lock   *net.UnixListener
 
 	mu     sync.Mutex // guards status
@@ -185,7 +186,10 @@ func (m *Macvtap) adopt(l netlink.Link) error {
 	if saved, ok := parseState(l.Attrs().Alias); ok {
 		before, m.kept = saved, true
 	}
-	if err := netlink.LinkSetAlias(l, before.String()); err != nil {
+	if err := netlink.LinkSetAlias(l, before.String()); errors.Is(err, os.ErrPermission) && m.fits(l) {
+		m.link, m.before, m.asIs = l, &before, true
+		return nil
+	} else if err != nil {
 		return fmt.Errorf("macvtap %s: %w", l.Attrs().Name, privilege(err, "CAP_NET_ADMIN"))
 	}
 	m.link, m.before = l, &before
@@ -194,6 +198,12 @@ func (m *Macvtap) adopt(l netlink.Link) error {
 		mac = l.Attrs().HardwareAddr
 	}
 	return m.configure(mac)
+}
+
+// fits says whether an adopted link can stay as it is.
+func (m *Macvtap) fits(l netlink.Link) bool {
+	a := l.Attrs()
+	return a.RawFlags&unix.IFF_UP != 0 && (m.c.MAC == nil || bytes.Equal(m.c.MAC, a.HardwareAddr)) && (m.c.MTU == 0 || m.c.MTU == a.MTU)
 }
 
 // make makes the link. One of its name is our own, left by a crash: a guest may
@@ -364,6 +374,9 @@ func (m *Macvtap) configure(mac net.HardwareAddr) error {
 
 // Up implements [Device].
 func (m *Macvtap) Up() error {
+	if m.asIs {
+		return nil
+	}
 	if err := netlink.LinkSetUp(m.link); errors.Is(err, unix.ENETDOWN) {
 		return fmt.Errorf("macvtap %s: its lower device is down; set it up with: ip link set %s up (%w)", m.link.Attrs().Name, orElse(m.Status().Lower, "LINK"), err)
 	} else if err != nil {
@@ -383,6 +396,9 @@ func (m *Macvtap) refresh() error {
 	st := Status{
 		Kind: "macvtap", MAC: a.HardwareAddr.String(), MTU: a.MTU, Queues: m.c.Queues, Adopted: m.before != nil,
 		Kept: m.kept, Link: a.Name, Node: "/dev/" + m.node.name,
+	}
+	if m.asIs && a.RawFlags&(unix.IFF_ALLMULTI|unix.IFF_PROMISC) == 0 {
+		st.Limits = "no multicast reaches the guest, IPv6 neighbours among it, for without CAP_NET_ADMIN the link's filter stays"
 	}
 	if !m.node.inDev() {
 		st.Device = m.node.number()
@@ -416,7 +432,7 @@ func (m *Macvtap) Status() Status {
 // as it was.
 func (m *Macvtap) Close() (err error) {
 	switch {
-	case m.link == nil:
+	case m.link == nil, m.asIs:
 	case m.before != nil:
 		err = m.before.restore(m.link)
 	default:
