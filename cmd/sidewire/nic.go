@@ -141,8 +141,8 @@ func (n *nic) leaseOptions(c *dhcp.Config, o *options) {
 	for _, p := range d.Private {
 		c.Private = append(c.Private, dhcp.PrivateOption{Code: p.Option, Value: p.Value})
 	}
-	if n.boot == nil {
-		n.boot = newBootServer(d.TFTPServer)
+	if b := newBootServer(d.TFTPServer); n.boot == nil && b != nil {
+		n.boot = b // once: workers read it from then on
 	}
 	tell := c.OnLease
 	c.OnLease = func(m frame.MAC) {

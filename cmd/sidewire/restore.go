@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 
 	"sidewire/engine/uplink"
 )
@@ -51,9 +50,6 @@ func in(netns string) string {
 // restoreLinks puts back what crashed runs have left in a namespace, but for
 // what keep wants as it is.
 func restoreLinks(o *options, netns string, keep func(*uplink.Saved) bool) (done []*uplink.Saved, err error) {
-	if _, err := os.Stat(o.linkState()); errors.Is(err, os.ErrNotExist) {
-		return nil, nil // nothing was ever written down; to look takes no privilege
-	}
 	err = uplink.InNetNS(netns, func() error {
 		done, err = uplink.RestoreSaved(o.linkState(), keep)
 		return err

@@ -144,7 +144,7 @@ func (d *Delegation) remember(l netlink.Link) error {
 		}
 		if same {
 			d.saved, d.Resumed = old, true
-			return nil
+			return d.file.store(old) // it may have been lost
 		}
 		if err := d.file.putBack(old); err != nil {
 			return err
@@ -196,7 +196,7 @@ func (d *Delegation) take() error {
 		return fmt.Errorf("link: %w", err)
 	}
 	name := l.Attrs().Name
-	d.quiet, err = silenceLink(name)
+	d.quiet, err = silenceLink(name, s)
 	switch {
 	case err != nil && d.c.KeepAddrs:
 		return fmt.Errorf("a link of this kind keeps its addresses, so that it takes rules to silence the kernel: %w", err)

@@ -312,7 +312,7 @@ func (f stateFile) putBack(s *Saved) error {
 	l, err := netlink.LinkByIndex(s.Index)
 	switch {
 	case errors.As(err, new(netlink.LinkNotFoundError)), err == nil && !s.is(l):
-		return errors.Join(endSilence(s.Link), f.remove())
+		return errors.Join(forgetSilence(s.Link), f.remove())
 	case err != nil:
 		return fmt.Errorf("put back %s: %w", s.Link, privilege(err, "CAP_NET_ADMIN"))
 	}
@@ -320,6 +320,10 @@ func (f stateFile) putBack(s *Saved) error {
 		return fmt.Errorf("put back %s: %w; what it was is in %s", s.Link, err, f.path)
 	}
 	afterStep("put back")
+	if err := forgetSilence(s.Link); err != nil {
+		return fmt.Errorf("put back %s: %w", s.Link, err)
+	}
+	afterStep("note removed")
 	return f.remove()
 }
 

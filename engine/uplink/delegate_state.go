@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -76,6 +77,7 @@ const (
 type stateFile struct {
 	path        string
 	boot, netns string
+	index       int
 }
 
 // stateOf is the file of a link of the current namespace. A namespace that takes
@@ -84,8 +86,12 @@ func stateOf(dir string, l netlink.Link) (f stateFile, err error) {
 	if f.boot, f.netns, err = namespaceID(); err != nil {
 		return f, err
 	}
-	f.path = filepath.Join(dir, fmt.Sprintf("%s-%d.json", f.netns, l.Attrs().Index))
+	f.at(dir, l.Attrs().Index)
 	return f, nil
+}
+
+func (f *stateFile) at(dir string, index int) {
+	f.index, f.path = index, filepath.Join(dir, fmt.Sprintf("%s-%d.json", f.netns, index))
 }
 
 // namespaceID names the current namespace. Inode numbers are used again soon;
@@ -111,31 +117,52 @@ func namespaceID() (boot, id string, err error) {
 	return boot, fmt.Sprintf("ino%d", st.Ino), nil
 }
 
-// savedHere lists the files of the current namespace, and removes those of
-// another boot, whose namespaces are gone.
+// savedHere lists the links of the current namespace that are written down, in
+// files or in the rules alone.
 func savedHere(dir string) (out []stateFile, err error) {
-	boot, netns, err := namespaceID()
-	if err != nil {
+	var f stateFile
+	if f.boot, f.netns, err = namespaceID(); err != nil {
 		return nil, err
 	}
 	entries, err := os.ReadDir(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%w: %w", ErrState, err)
 	}
 	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), netns+"-") && strings.HasSuffix(e.Name(), ".json") {
-			out = append(out, stateFile{filepath.Join(dir, e.Name()), boot, netns})
+		rest, ours := strings.CutPrefix(e.Name(), f.netns+"-")
+		rest, file := strings.CutSuffix(rest, ".json")
+		if index, err := strconv.Atoi(rest); ours && file && err == nil {
+			f.at(dir, index)
+			out = append(out, f)
+		}
+	}
+	for _, s := range noted() {
+		f.at(dir, s.Index)
+		if !slices.Contains(out, f) {
+			out = append(out, f)
 		}
 	}
 	return out, nil
 }
 
-// load reads what was written down. It returns nil if there is nothing, or only
-// what is of another boot.
+// load reads what was written down: the file, or where that is lost the note in
+// the rules. It returns nil if there is neither.
 func (f stateFile) load() (*Saved, error) {
+	s, err := f.read()
+	if s != nil || err != nil {
+		return s, err
+	}
+	for _, s := range noted() {
+		if s.Index == f.index && s.Boot == f.boot && s.NetNS == f.netns {
+			return s, nil
+		}
+	}
+	return nil, nil
+}
+
+// read is load for the file. One of another boot is removed: its namespaces are
+// gone.
+func (f stateFile) read() (*Saved, error) {
 	file, err := os.Open(f.path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
@@ -150,12 +177,11 @@ func (f stateFile) load() (*Saved, error) {
 	}
 	s := &Saved{}
 	if err := json.Unmarshal(b, s); err != nil {
-		return nil, fmt.Errorf("state file %s cannot be read (%w): put the link back by hand and remove the file", f.path, err)
-	}
-	if !s.whole() {
-		return nil, fmt.Errorf("state file %s is damaged: put the link back by hand and remove the file", f.path)
+		return nil, fmt.Errorf("state file %s cannot be read (%w): remove it, and the note in the rules is used; without one put the link back by hand", f.path, err)
 	}
 	switch {
+	case !s.whole():
+		return nil, fmt.Errorf("state file %s is damaged: remove it, and the note in the rules is used; without one put the link back by hand", f.path)
 	case s.Boot != f.boot || s.NetNS != f.netns:
 		return nil, f.remove()
 	case s.Version != savedVersion:
@@ -215,7 +241,10 @@ func (f stateFile) remove() error {
 	if err := os.Remove(f.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("%w: %w", ErrState, err)
 	}
-	return syncDir(filepath.Dir(f.path))
+	if err := syncDir(filepath.Dir(f.path)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %w", ErrState, err)
+	}
+	return nil
 }
 
 func syncDir(dir string) error {

@@ -191,8 +191,14 @@ func TestMain(m *testing.M) {
 }
 
 // Killed after any step, of taking over as of putting back, nothing is lost: what
-// runs next puts everything back, or goes on.
+// runs next puts everything back, or goes on; also where the files are gone with
+// their container.
 func TestDelegateRow43IsKilledAfterAnyStep(t *testing.T) {
+	t.Run("files", func(t *testing.T) { testKilledAfterAnyStep(t, false) })
+	t.Run("no files", func(t *testing.T) { testKilledAfterAnyStep(t, true) })
+}
+
+func testKilledAfterAnyStep(t *testing.T, lost bool) {
 	ns, _ := richLink(t)
 	before := shape(t, ns)
 	self, err := os.Executable()
@@ -211,6 +217,9 @@ func TestDelegateRow43IsKilledAfterAnyStep(t *testing.T) {
 		require.True(t, errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL, "%s", out)
 		step := strings.TrimSpace(strings.TrimPrefix(string(out), "killed after:"))
 		steps[step]++
+		if lost {
+			require.NoError(t, os.RemoveAll(dir))
+		}
 		if n%2 == 0 { // the same guest is served next
 			d, err := delegate(t, ns, DelegateConfig{Link: "eth0", StateDir: dir, Owner: "vm/net"})
 			require.NoError(t, err, step)
@@ -358,6 +367,7 @@ func TestDelegateRow43StaleFiles(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, json.Unmarshal(b, &s))
 	edit("boot", "another")
+	enginetest.Must(t, ns.Run("nft", "delete", "table", "netdev", "sidewire-bridge-eth0"))
 	done, err = restore(ns)
 	require.NoError(t, err)
 	assert.Empty(t, done)
@@ -395,7 +405,7 @@ func TestDelegateRefuses(t *testing.T) {
 // Without nftables the link is silent for want of addresses, and that is said.
 // Where it must keep them it is refused, and nothing is left.
 func TestDelegateRow43WithoutNFTables(t *testing.T) {
-	silenceLink = func(string) (Silence, error) { return SilenceAddress, errors.New("none here") }
+	silenceLink = func(string, *Saved) (Silence, error) { return SilenceAddress, errors.New("none here") }
 	defer func() { silenceLink = silence }()
 	ns, _ := richLink(t)
 	before := shape(t, ns)
