@@ -127,6 +127,9 @@ func (d *SRIOV) checkBind() error {
 		return fmt.Errorf("its %d virtual functions would go away with it: name one of them, or take them away first (echo 0 > %s)",
 			d.f.vfs, filepath.Join(d.host.devicePath(d.f.address), "sriov_numvfs"))
 	}
+	if d.f.driver != "" && len(d.f.links) == 0 {
+		return fmt.Errorf("driver %s has it, but its link is in another network namespace, whose user would lose it: name another function, or take it from there first", d.f.driver)
+	}
 	for _, link := range d.f.links {
 		use, err := d.c.links.use(link)
 		if err != nil {

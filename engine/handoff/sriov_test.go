@@ -142,8 +142,12 @@ func (b *board) write(path, value string) error {
 			return unix.ENODEV
 		}
 		b.symlink("../../drivers/"+driver, "bus/pci/devices/"+value+"/driver")
+		if driver != "vfio-pci" {
+			b.link(value, "new")
+			return nil
+		}
 		group, err := target(filepath.Join(b.sys, "bus/pci/devices", value, "iommu_group"))
-		if err != nil || driver != "vfio-pci" {
+		if err != nil {
 			return err
 		}
 		return os.WriteFile(filepath.Join(b.dev, "vfio", group), nil, 0o600)
@@ -310,6 +314,9 @@ func TestSRIOVRow16Missing(t *testing.T) {
 		}, "IOMMU group 22 is not viable, for the host uses others of it: 0000:65:01.0 with driver ahci; give these to vfio-pci too"},
 		{"used link", func(b *board, _ *SRIOVConfig) { b.uses["ens1f0v1"] = "has the address 192.0.2.1/24" },
 			"the host uses it: link ens1f0v1 has the address 192.0.2.1/24; take that away first"},
+		{"a pod's link", func(b *board, _ *SRIOVConfig) {
+			require.NoError(b.t, os.RemoveAll(filepath.Join(b.sys, "bus/pci/devices", testVF, "net")))
+		}, "driver iavf has it, but its link is in another network namespace, whose user would lose it"},
 		{"read-only sysfs", func(b *board, _ *SRIOVConfig) { b.noFile["unbind"] = unix.EROFS }, "is mounted read-only, so vfio-pci cannot be given the function"},
 		{"not root", func(b *board, _ *SRIOVConfig) { b.noFile["bind"] = unix.EACCES }, "only root may bind a function to vfio-pci: "},
 		{"capability", func(b *board, c *SRIOVConfig) { c.VFSettings, b.caps = vlan, nil },
