@@ -113,3 +113,23 @@ func TestLaunchKVM(t *testing.T) {
 		assert.Equal(t, want, scanQEMU(append([]string{"qemu"}, strings.Fields(given)...)).kvm(), given)
 	}
 }
+
+// Whatever stands on a command line, it is completed or refused in one line, and what is not ours is still there.
+func FuzzLaunch(f *testing.F) {
+	for _, s := range []string{
+		"-m 1G -object memory-backend-ram,id=x,size=1G -numa node,memdev=x", `-object {"qom-type":"memory-backend-ram","id":"x"} -machine memory-backend=x -m 1`,
+		"-m", "-mem-path /x -m 1e300", "--m =,,size=", "-machine ,,= -object ,id=,, -numa memdev=", "-mem-path a -m 1 -mem-path b -S -mem-path c", "-m 0x10G", `-object {}`,
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		given := append([]string{"qemu-system-x86_64"}, strings.Fields(s)...)
+		args, _, err := QEMULaunch(launchVM("virtio"), QEMUOptions{SocketDir: "/x", Version: QEMUVersion{9, 2}}, given)
+		switch {
+		case err != nil && strings.Contains(err.Error(), "\n"):
+			t.Fatalf("%q", err)
+		case err == nil && (len(args) < 5 || args[0] != given[0] || !strings.Contains(strings.Join(args, " "), "vhost-user")):
+			t.Fatalf("%q", args)
+		}
+	})
+}
