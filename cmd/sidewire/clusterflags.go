@@ -62,5 +62,5 @@ func registerCluster(fs *flag.FlagSet, c *vmi.Cluster) {
 		}
 		return badInput("want bridge, masquerade or slirp")
 	})
-	fs.Var(gates{&c.FeatureGates}, "feature-gates", "`LIST` of the open feature gates, such as Macvtap,PortRangesSpec; \"\" for none (default: those of the KubeVirt CR, all without one)")
+	fs.Var(gates{&c.FeatureGates}, "feature-gates", "`LIST` of the open feature gates, such as Macvtap,PortRangesSpec; \"\" for none (default: those of the KubeVirt CR; without one KubeVirt's own, and Macvtap)")
 }

@@ -170,6 +170,15 @@ func TestValidate(t *testing.T) {
 			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
 		{"seed macvtap 7", spec("name: a\nmacvtap: {}", ""), Options{}, []string{
 			i0 + ".name: Macvtap interface only implemented with Multus network"}},
+		{"seed macvtap 6", spec("name: a\nmacvtap: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: []}}}\n", Options{}, []string{
+			i0 + ".name: Macvtap feature gate is not enabled"}},
+		{"seed macvtap gate open", spec("name: a\nmacvtap: {}", mulA) + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: [Macvtap]}}}\n", Options{}, nil},
+		{"seed slirp by the cluster's CR", spec("name: a\nslirp: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {network: {permitSlirpInterface: false}}}\n", Options{}, []string{
+			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
+		{"seed chain: the first only", spec("name: a\nslirp: {}\nmacvtap: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {network: {permitSlirpInterface: false}}}\n", Options{}, []string{
+			i0 + ": logical a interface must have exactly one binding method or binding plugin",
+			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
+		{"V50 slirp that the cluster permits", "kind: VMI\nmetadata: {name: v}\n---\nkind: KubeVirt\nspec: {configuration: {network: {defaultNetworkInterface: slirp, permitSlirpInterface: true}}}\n", Options{}, nil},
 		{"V17", spec("name: a\npasst: {}", ""), Options{}, []string{
 			i0 + ".passt: Passt network binding has been discontinued since v1.3",
 			i0 + ": logical a interface must have exactly one binding method or binding plugin"}},
