@@ -63,10 +63,8 @@ type flow struct {
 	mss     uint16 // of what the guest takes
 	state   state
 	place   place
-	scale   uint8 // 1 + the guest's window scale, 0 if it does not scale
-	dupAcks uint8
+	scale   uint8  // 1 + the guest's window scale, 0 if it does not scale
 	backoff uint8  // of the retransmission timer
-	strange uint8  // frames in a row that came to another worker than the flow's
 	rttAt   uint16 // when mark was sent, in units of rttShift; 0 if nothing is timed
 
 	rcvNxt  uint32 // next byte expected from the guest
@@ -86,8 +84,29 @@ type flow struct {
 	seen         uint16 // when the guest or the host was heard last, in units of seenShift
 }
 
-// flags of a TCP flow.
+// flags of a flow, and in their highest bits two small numbers.
 type flags uint32
+
+const (
+	// strangeOne counts the frames in a row that came to another worker than the
+	// flow's, up to 15.
+	strangeOne flags = 1 << 28
+	// dupAckOne counts the acknowledgements in a row that say nothing new, up to
+	// 7.
+	dupAckOne flags = 1 << 25
+
+	strangeAll = 15 * strangeOne
+	dupAckAll  = 7 * dupAckOne
+)
+
+// count adds one to a number of the flags', unless it is at its most, and
+// returns it.
+func (f *flow) count(one, all flags) int {
+	if f.flags&all != all {
+		f.flags += one
+	}
+	return int(f.flags & all / one)
+}
 
 // place says in which of a worker's lists a flow's place is.
 type place uint8

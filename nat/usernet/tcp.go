@@ -464,7 +464,8 @@ func (w *worker) ackArrives(b *frame.Batch, i int32, s *segment) bool {
 		fl.sndNxt = s.ack // what was to be sent again had arrived
 		w.seek(fl)
 	}
-	fl.backoff, fl.dupAcks = 0, 0
+	fl.backoff = 0
+	fl.flags &^= dupAckAll
 	w.measure(fl, s.ack)
 	w.grow(b, i, acked)
 	if fl.sndUna == fl.sndMax {

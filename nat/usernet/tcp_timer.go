@@ -109,8 +109,7 @@ func (w *worker) duplicateACK(b *frame.Batch, i int32, s *segment, wnd uint32) {
 		}
 		return
 	}
-	if fl.dupAcks++; fl.dupAcks != 3 || fl.flags&recovery != 0 {
-		fl.dupAcks = min(fl.dupAcks, 100)
+	if fl.count(dupAckOne, dupAckAll) != 3 || fl.flags&recovery != 0 {
 		return
 	}
 	w.lost(fl)
@@ -236,8 +235,8 @@ func (w *worker) rtxTimeout(b *frame.Batch, i int32) bool {
 		return true
 	}
 	w.lost(fl)
-	fl.cwnd, fl.dupAcks = uint32(fl.mss), 0
-	fl.flags |= recovery
+	fl.cwnd = uint32(fl.mss)
+	fl.flags = fl.flags&^dupAckAll | recovery
 	fl.mark = fl.sndMax
 	w.retransmit(b, i)
 	w.startRTO(i)

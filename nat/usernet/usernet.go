@@ -369,7 +369,8 @@ func (w *worker) moveTo(to *worker, i int32) {
 	g := to.table.at(j)
 	links := *g
 	*g = *f
-	g.gen, g.next, g.place, g.strange = links.gen, links.next, links.place, 0
+	g.gen, g.next, g.place = links.gen, links.next, links.place
+	g.flags &^= strangeAll
 	if g.flags&(delayed|patient) != 0 && g.proto == frame.ProtoTCP {
 		g.flags &^= delayed | patient
 		to.delay(j)
@@ -491,11 +492,16 @@ func (w *worker) known(b *frame.Batch, f *frame.Frame) bool {
 func (w *worker) strange(i int32) {
 	f := w.table.at(i)
 	if !w.guest {
-		f.strange = 0
+		f.flags &^= strangeAll
 		return
 	}
-	if f.strange++; f.strange == moveAfter && (f.proto != frame.ProtoUDP || w.udpMayMove(i)) {
-		w.moving = append(w.moving, flowRef{i, f.gen})
+	switch f.count(strangeOne, strangeAll) {
+	case moveAfter:
+		if f.proto != frame.ProtoUDP || w.udpMayMove(i) {
+			w.moving = append(w.moving, flowRef{i, f.gen})
+		}
+	case int(strangeAll / strangeOne):
+		f.flags &^= strangeAll // again
 	}
 }
 
