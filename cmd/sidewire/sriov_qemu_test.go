@@ -197,6 +197,8 @@ func TestSRIOVQEMURow16Row69Row71Row72Row73Row81(t *testing.T) {
 	d := st.Interfaces[0].Handoff
 	assert.Equal(t, []any{"handed over", "eth0", mac, 100}, []any{d.State, d.Link, d.MAC, d.VLAN})
 	require.NotEmpty(t, h.text("/sys/kernel/iommu_groups/"+d.Group+"/devices/"+functionAddress+"/class"))
+	_, out = h.sidewire("status", "--control", "/tmp/sw/control.sock")
+	assert.Contains(t, out, "sriov "+functionAddress+", virtual function 0 of eth0, VLAN 100 (vfio-pci, IOMMU group "+d.Group+"), bound by sidewire; handed over (inherited)")
 	assert.Less(t, h.resident(process), 48<<20, "a sidecar has 64 MB by default")
 	status, out = run("/tmp/other", functionAddress)
 	assert.Equal(t, 2, status)
