@@ -289,6 +289,26 @@ func TestBridgeRow11Row12Row13LinkOfOneMAC(t *testing.T) {
 	}
 }
 
+// So it is on a real macvlan in the place of the pod's link (kubevirt#5483).
+func TestBridgeRow8Row11Macvlan(t *testing.T) {
+	enginetest.Need(t, "nft", "dhclient")
+	pod, outside, mac := macvlanPod(t, "bridge")
+	enginetest.Must(t, pod.Addr("net1", "10.9.0.5/24"), pod.Run("ip", "route", "add", "default", "via", "10.9.0.250"))
+	before := footprint(t, pod)
+	for _, own := range []string{"", ", macAddress: 02:00:00:00:00:77"} {
+		docs := strings.NewReplacer("networkName: mv", "networkName: mv, default: true", "bridge: {}}", "bridge: {}"+own+"}").Replace(onLAN("vm", "mv", 1))
+		p := startLAN(t, docs, "--netns", pod.Path, "--uplink", "net=net1", "--resolv-conf", writeFile(t, "resolv.conf", "nameserver 10.9.0.250\n"))
+		v := plugVM(t, p, "vm", vhosttest.Options{}).withLease("10.9.0.5/24")
+		assert.True(t, v.pings("10.9.0.250"))
+		require.NoError(t, outside.Run("ping", "-c", "1", "-W", "5", "10.9.0.5"))
+		assert.Equal(t, mac.String(), neighbour(outside, "10.9.0.5"))
+		carry(t, outside, v.ns, "10.9.0.5:7000", 2, 4<<20)
+		carry(t, v.ns, outside, "10.9.0.250:7000", 2, 4<<20)
+		p.stop()
+		isPutBack(t, pod, before)
+	}
+}
+
 // What else would use the link is refused before anything is touched.
 func TestBridgeRefuses(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
