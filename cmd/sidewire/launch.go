@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -59,6 +60,8 @@ const (
 	// its monitor's quit after that.
 	termPatience = 10 * time.Second
 	quitPatience = 3 * time.Second
+	// linkPatience is how long the state of a link waits for the announcement.
+	linkPatience = 5 * time.Second
 	// signalled is what shells add to the number of a signal that ended a program.
 	signalled = 128
 )
@@ -68,7 +71,8 @@ type launched struct {
 	s       *server
 	cmd     *exec.Cmd
 	monitor *net.UnixConn // our end
-	qmp     *handoff.QMP  // on it, once somebody has spoken: one after the other
+	mu      sync.Mutex    // guards qmp: one speaks after the other
+	qmp     *handoff.QMP  // on the monitor, once somebody has spoken
 	quiet   chan struct{} // closed when nobody announces
 	exited  chan struct{}
 	err     error // how it ended, valid then
@@ -86,6 +90,8 @@ func (s *server) launch(ctx context.Context, o *options, vm vmi.VM, out, errw io
 	}
 	defer l.monitor.Close()
 	go l.announce(ctx, o.handoff.announce)
+	s.showLinksBy(l.showLink)
+	defer s.showLinksBy(nil)
 	select {
 	case <-l.exited:
 		return l.result(o.handoff.command[0])
@@ -238,21 +244,32 @@ func (l *launched) announce(ctx context.Context, wanted bool) {
 	if !wanted {
 		return
 	}
-	err := l.speak()
-	if err == nil {
-		err = announceAll(ctx, l.qmp, l.s.handoffs)
-	}
+	err := l.speak(func(q *handoff.QMP) error { return announceAll(ctx, q, l.s.handoffs) })
 	if err != nil && ctx.Err() == nil {
 		l.s.log.Error("guest is not announced", "err", err)
 	}
 }
 
-// speak begins to talk to the monitor.
-func (l *launched) speak() (err error) {
+// speak talks to the monitor.
+func (l *launched) speak(say func(*handoff.QMP) error) (err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if l.qmp == nil {
-		l.qmp, err = handoff.NewQMP(l.monitor)
+		if l.qmp, err = handoff.NewQMP(l.monitor); err != nil {
+			return err
+		}
 	}
-	return err
+	return say(l.qmp)
+}
+
+// showLink has QEMU show the guest the state of a link.
+func (l *launched) showLink(netdev string, up bool) error {
+	select {
+	case <-l.quiet:
+	case <-time.After(linkPatience):
+		return errors.New("QEMU's monitor is in use until the guest runs")
+	}
+	return l.speak(func(q *handoff.QMP) error { return q.SetLink(netdev, up) })
 }
 
 // result is how QEMU ended by itself.
@@ -279,11 +296,7 @@ func (l *launched) end() error {
 	}
 	go func() {
 		<-l.quiet
-		err := l.speak()
-		if err == nil {
-			err = l.qmp.Quit()
-		}
-		if err != nil {
+		if err := l.speak((*handoff.QMP).Quit); err != nil {
 			l.s.log.Debug("QEMU's monitor", "err", err)
 		}
 	}()

@@ -327,3 +327,42 @@ func TestLaunchMacvtapRow79Migration(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, 1, r.Received)
 }
+
+// Where we have QEMU's monitor, a guest is shown the link of a NIC that is not virtio too, and finds it down from the start
+// where it is to be. QEMU has igb from 8.0 on.
+func TestLaunchLinkStateRow19Row84(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft", "qemu10")
+	kit, err := enginetest.Hardware()
+	require.NoError(t, err)
+	dir := t.TempDir()
+	image := enginetest.Initramfs{Modules: kit.Modules, Drivers: []string{"igb"}}
+	image.Init, err = enginetest.BuildGuest(dir)
+	require.NoError(t, err)
+	f, err := os.Create(filepath.Join(dir, "initramfs.cpio"))
+	require.NoError(t, err)
+	require.NoError(t, enginetest.BuildInitramfs(f, image))
+	require.NoError(t, f.Close())
+	qemu := append([]string{kit.QEMU, "-machine", "q35,accel=tcg", "-cpu", "max", "-nodefaults", "-no-user-config", "-display", "none", "-m", "512",
+		"-kernel", kit.Kernel, "-initrd", f.Name(), "-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off"}, kit.Data...)
+	for _, model := range []string{"e1000", "igb"} {
+		t.Run(model, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+			doc := strings.Replace(withState(spec("vm", 1), "down"), "masquerade: {}", "masquerade: {}\n        model: "+model, 1)
+			l := startLaunched(t, w, doc, nil, qemu)
+			_, err := l.Do(enginetest.GuestCmd{Do: "dhcp", Timeout: 2 * time.Second})
+			require.ErrorContains(t, err, "no carrier")
+			for range 2 {
+				require.Equal(t, outcome{out: "vm/red up\n"}, sidewire(t, "link", "--socket-dir", l.dir, "up"))
+				r, err := l.Do(enginetest.GuestCmd{Do: "dhcp", Timeout: time.Minute})
+				require.NoError(t, err)
+				assert.Equal(t, "10.0.2.2/24", r.Lease.Addr)
+				require.Equal(t, outcome{out: "vm/red down\n"}, sidewire(t, "link", "--socket-dir", l.dir, "vm/red", "down"))
+				assert.True(t, enginetest.Wait(20*time.Second, func() bool {
+					r, err := l.Do(enginetest.GuestCmd{Do: "link"})
+					return err == nil && !r.Link.Carrier
+				}))
+				assert.Equal(t, "down", l.status().Machines[0].Interfaces[0].LinkState)
+			}
+		})
+	}
+}

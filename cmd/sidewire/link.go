@@ -39,6 +39,9 @@ func (s *server) SetLink(r *linkRequest) error {
 	switch {
 	case n.stream != nil:
 		n.stream.SetLink(r.State == vmi.Up)
+		if err := s.showLink(n); err != nil {
+			return fmt.Errorf("the guest does not see it: %w", err)
+		}
 	case n.device != nil:
 		if err := n.device.SetLink(r.State == vmi.Up); err != nil {
 			return err
@@ -48,6 +51,36 @@ func (s *server) SetLink(r *linkRequest) error {
 	}
 	s.log.Info("link set", "interface", n.name(), "state", r.State)
 	return nil
+}
+
+// showLinksBy says how a guest is shown the link of a NIC that is not virtio, nil
+// for not at all, and shows it those that are down.
+func (s *server) showLinksBy(show func(netdev string, up bool) error) {
+	s.mu.Lock()
+	s.linkShower = show
+	s.mu.Unlock()
+	open, _ := s.serving()
+	for _, o := range open {
+		if n := o.base(); show != nil && n.stream != nil && !n.stream.LinkUp() {
+			go func() {
+				if err := s.showLink(n); err != nil {
+					s.log.Warn("the guest does not see that its link is down", "interface", n.name(), "err", err)
+				}
+			}()
+		}
+	}
+}
+
+// showLink shows a guest the link of a NIC that is not virtio, if it can be
+// shown.
+func (s *server) showLink(n *nic) error {
+	s.mu.Lock()
+	show := s.linkShower
+	s.mu.Unlock()
+	if show == nil {
+		return nil
+	}
+	return show(n.iface.NetdevID(), n.stream.LinkUp())
 }
 
 // linkState is how the guest finds its link: QEMU takes it down while there is

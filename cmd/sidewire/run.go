@@ -81,8 +81,9 @@ type server struct {
 	open []served   // in the order of the files
 	lans []*lan
 	// handoffs are set when start begins to open them.
-	handoffs []*handoffNIC
-	closers  []func() error
+	handoffs   []*handoffNIC
+	closers    []func() error
+	linkShower func(netdev string, up bool) error // see showLinksBy
 }
 
 // start builds everything up; whatever it built is taken down again if it

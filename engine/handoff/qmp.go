@@ -177,6 +177,11 @@ func (q *QMP) do(command string, arguments, out any, files ...*os.File) error {
 	}
 }
 
+// SetLink shows the guest that the link of the NIC behind a netdev is up or down.
+func (q *QMP) SetLink(netdev string, up bool) error {
+	return q.do("set_link", map[string]any{"name": netdev, "up": up}, nil)
+}
+
 // Quit has QEMU end at once.
 func (q *QMP) Quit() error { return q.do("quit", nil, nil) }
 

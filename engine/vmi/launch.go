@@ -29,7 +29,7 @@ func QEMULaunch(vm VM, o QEMUOptions, command []string) (args, notes []string, e
 		return nil, nil, errors.New("-daemonize: sidewire ends when QEMU does, so leave it out and put sidewire itself in the background")
 	}
 	o.KVM = g.kvm()
-	b := &qemuArgs{o: o}
+	b := &qemuArgs{o: o, monitored: true}
 	if !g.has("smp") {
 		b.smp(vm)
 	}

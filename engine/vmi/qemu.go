@@ -21,12 +21,7 @@ func (v QEMUVersion) Less(major, minor int) bool {
 	return v.Major < major || v.Major == major && v.Minor < minor
 }
 
-func (v QEMUVersion) String() string {
-	if v == (QEMUVersion{}) {
-		return "of a version that is not known"
-	}
-	return fmt.Sprintf("%d.%d", v.Major, v.Minor)
-}
+func (v QEMUVersion) String() string { return fmt.Sprintf("%d.%d", v.Major, v.Minor) }
 
 var qemuVersion = regexp.MustCompile(`version (\d{1,3})\.(\d{1,3})`)
 
@@ -123,6 +118,7 @@ func placedFirst(i Interface) int {
 
 type qemuArgs struct {
 	o           QEMUOptions
+	monitored   bool // who starts QEMU has its monitor
 	args, notes []string
 }
 
@@ -159,7 +155,11 @@ func (b *qemuArgs) smp(vm VM) {
 }
 
 func (b *qemuArgs) add(i Interface) error {
-	if i.Model == "igb" && b.o.Version.Less(8, 0) {
+	switch {
+	case i.Model != "igb":
+	case b.o.Version == (QEMUVersion{}):
+		b.note("model igb: QEMU has it from 8.0 on")
+	case b.o.Version.Less(8, 0):
 		return fmt.Errorf("model igb: QEMU has it from 8.0 on, and this is %s; use model e1000e, or name another QEMU", b.o.Version)
 	}
 	if b.o.Handoff != nil {
@@ -218,7 +218,7 @@ func (b *qemuArgs) handoff(i Interface, netdev string, device []string) {
 
 // down says what a guest sees of a link that is down. Where it is ours QEMU shows it by itself.
 func (b *qemuArgs) down(i Interface) {
-	if i.State == Down && i.Model != "virtio" {
+	if i.State == Down && i.Model != "virtio" && !b.monitored {
 		b.note("interface %s is down: no frame passes, but a NIC of model %s shows the guest a link; {\"execute\": \"set_link\", \"arguments\": {\"name\": %q, \"up\": false}} on QEMU's monitor takes that away",
 			i.Name, i.Model, i.NetdevID())
 	}
