@@ -188,11 +188,14 @@ func (b *podBridge) lease(ctx context.Context, s *server, o *options) error {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for w.Next() == nil {
-			conf, err := dhcp.ResolvConf(b.resolv)
-			if err != nil || len(conf.Servers) == 0 {
-				continue // it is being written
+		for err := error(nil); err == nil; err = w.Next() {
+			// It may have changed before it was watched, too. One that names nobody is
+			// being written: another event follows.
+			now, rerr := dhcp.ResolvConf(b.resolv)
+			if rerr != nil || len(now.Servers) == 0 || slices.Equal(now.Servers, conf.Servers) && slices.Equal(now.Search, conf.Search) {
+				continue
 			}
+			conf = now
 			if err := b.dhcp.Update(b.dhcpConfig(o, conf)); err != nil {
 				log.Warn("the guest's lease keeps the old resolvers", "err", err)
 			}

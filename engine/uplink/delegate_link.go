@@ -46,6 +46,11 @@ func takeSnapshot(l netlink.Link) (*Saved, error) {
 			s.Routes = append(s.Routes, r)
 		}
 	}
+	others, err := dumpRoutesFrom(s.Addrs, a.Index)
+	if err != nil {
+		return nil, err
+	}
+	k.Routes = append(k.Routes, others...)
 	for _, m := range k.Neighbours {
 		if n, ok := neighbourOf(m); ok && n.Addr.Is4() {
 			s.Neighbours = append(s.Neighbours, n)
@@ -114,6 +119,24 @@ func dumpRoutes(index, family int) ([][]byte, error) {
 			return int(binary.NativeEndian.Uint32(oif)) == index
 		}
 		return slices.Contains(nexthops(attr(m, sizeofRoute, unix.RTA_MULTIPATH)), index)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("routes: %w", err)
+	}
+	return out, nil
+}
+
+// dumpRoutesFrom lists the IPv4 routes by other links whose source is one of the
+// addresses: the kernel takes them away with that.
+func dumpRoutesFrom(addrs []netip.Prefix, index int) ([][]byte, error) {
+	head := &nl.RtMsg{RtMsg: unix.RtMsg{Family: unix.AF_INET}}
+	out, err := dump(unix.RTM_GETROUTE, unix.RTM_NEWROUTE, head, func(m []byte) bool {
+		if len(m) < sizeofRoute || binary.NativeEndian.Uint32(m[rtFlagsAt:])&unix.RTM_F_CLONED != 0 || m[rtProtoAt] == unix.RTPROT_KERNEL {
+			return false
+		}
+		oif, src := attr(m, sizeofRoute, unix.RTA_OIF), attr(m, sizeofRoute, unix.RTA_PREFSRC)
+		return len(oif) == 4 && int(binary.NativeEndian.Uint32(oif)) != index && len(src) == 4 &&
+			slices.ContainsFunc(addrs, func(p netip.Prefix) bool { return p.Addr() == netip.AddrFrom4([4]byte(src)) })
 	})
 	if err != nil {
 		return nil, fmt.Errorf("routes: %w", err)

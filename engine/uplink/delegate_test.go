@@ -36,6 +36,8 @@ func richLink(t *testing.T) (ns, outside *enginetest.NetNS) {
 	}
 	enginetest.Veth(t, ns, "eth0", outside, "veth0")
 	enginetest.Must(t, ns.SetMTU("eth0", 1440), outside.SetMTU("veth0", 1440))
+	enginetest.Veth(t, ns, "eth1", outside, "veth1")
+	enginetest.Must(t, ns.Sysctl("net/ipv6/conf/eth1/disable_ipv6", "1")) // its routes would change places with eth0's
 	for _, args := range []string{
 		"addr add 10.244.1.5/24 brd + dev eth0 label eth0:a",
 		"addr add 10.244.1.6/24 dev eth0",
@@ -49,6 +51,7 @@ func richLink(t *testing.T) (ns, outside *enginetest.NetNS) {
 		"route add 203.0.113.0/24 nexthop via 10.244.1.1 weight 2 nexthop via 10.244.1.2",
 		"route add default via 10.244.1.1 table 100",
 		"route add blackhole 100.64.0.0/10",
+		"route add 172.16.0.0/12 dev eth1 src 10.244.1.5",
 		"route del 10.8.8.0/24 dev eth0",
 		"neigh add 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0 nud permanent",
 		"-6 addr add fd00:10::5/64 dev eth0 nodad",
