@@ -80,7 +80,7 @@ var badSpecs = map[string]struct {
 	"prefix of 33":        {"pod: {}", "pod: {vmNetworkCIDR: 10.0.2.0/33}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "10.0.2.0/33", "write it like"}}},
 	"no CIDR":             {"pod: {}", "pod: {vmNetworkCIDR: red}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "red", "write it like"}}},
 	"prefix of 31":        {"pod: {}", "pod: {vmNetworkCIDR: 10.0.2.0/31}", [][]string{{"spec.networks[0].pod.vmNetworkCIDR", "10.0.2.0/31", "use /30 or larger"}}},
-	"unsupported binding": {"masquerade: {}", "passt: {}", [][]string{{"interfaces[0].passt", "not supported", "use masquerade: {}"}}},
+	"unsupported binding": {"masquerade: {}", "passt: {}", [][]string{{"interfaces[0].passt", "discontinued since v1.3"}, {"interfaces[0]", "exactly one binding"}}},
 	"no binding":          {"masquerade: {}", "bootOrder: 1", [][]string{{"interfaces[0]", "red", "exactly one binding"}}},
 	"unknown model":       {"masquerade: {}", "masquerade: {}\n        model: ne2000", [][]string{{"interfaces[0].model", "ne2000"}}},
 	"malformed MAC":       {guestMAC.String(), "02:00:00", [][]string{{"interfaces[0].macAddress", "malformed MAC"}}},
@@ -88,7 +88,7 @@ var badSpecs = map[string]struct {
 	"port of 0":           {"masquerade: {}", "masquerade: {}\n        ports: [{port: 0}]", [][]string{{"ports[0]", "port"}}},
 	"port of 70000":       {"masquerade: {}", "masquerade: {}\n        ports: [{port: 70000}]", [][]string{{"ports[0].port", "70000"}}},
 	"unknown protocol":    {"masquerade: {}", "masquerade: {}\n        ports: [{port: 80, protocol: SCTP}]", [][]string{{"ports[0].protocol", "only TCP or UDP"}}},
-	"no such network":     {"- name: red\n    pod", "- name: blue\n    pod", [][]string{{"networks[0].name", "blue", "not found"}, {"interfaces[0].name", "red", "not found"}}},
+	"no such network":     {"- name: red\n    pod", "- name: blue\n    pod", [][]string{{"interfaces[0].name", "Masquerade interface only implemented with pod network"}, {"networks[0].name", "blue", "not found"}, {"interfaces[0].name", "red", "not found"}}},
 	"nothing in it":       {"VirtualMachineInstance", "Pod", [][]string{{"no VMI in it"}}},
 }
 
