@@ -174,3 +174,26 @@ func TestBridgeRow36Row38Row39QEMU(t *testing.T) {
 		require.NoError(t, c.Close())
 	}
 }
+
+// A run that takes the place of another link puts back the one of before, and the
+// same guest under another name begins anew.
+func TestBridgeRow43CrashAndAnotherGuest(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	enginetest.Veth(t, w.Pod, "net1", w.Outside, "veth1")
+	atRest(t, w.Pod, "net1")
+	enginetest.Must(t, w.Pod.Addr("net1", "10.9.0.9/24"))
+	before := footprint(t, w.Pod)
+	p := startBridge(t, w, onPod("vm", 1, ""))
+	p.kill()
+	docs := onLAN("vm", "blue", 1) + definition("blue", `{"type": "macvlan", "master": "eth1"}`)
+	other := &process{t: t, dir: p.dir, log: &logBuffer{}, vmi: writeFile(t, "vmi.yaml", docs)}
+	other.start(w)
+	assert.Equal(t, "net1", other.nicOf("vm/net").Link)
+	enginetest.Must(t, w.Pod.Run("ping", "-c", "1", "-W", "5", enginetest.OutsideIP))
+	other.kill()
+	other.vmi = writeFile(t, "vmi.yaml", strings.Replace(docs, "name: vm}", "name: vm2}", 1))
+	other.start(w)
+	assert.False(t, other.nicOf("vm2/net").Taken.Resumed)
+	other.stop()
+	isPutBack(t, w.Pod, before)
+}
