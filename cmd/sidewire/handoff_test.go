@@ -119,7 +119,9 @@ func works(t *testing.T, w *enginetest.World, a *enginetest.Agent, mac net.Hardw
 	require.NoError(t, c.Close())
 	do(enginetest.GuestCmd{Do: "unlisten", Port: 80})
 	// A neighbour that asks by multicast finds the guest.
-	assert.NoError(t, w.Outside.Run("ping", "-c", "1", "-W", "10", linkLocal(mac)+"%veth0"))
+	assert.True(t, enginetest.Wait(30*time.Second, func() bool {
+		return w.Outside.Run("ping", "-c", "1", "-W", "2", linkLocal(mac)+"%veth0") == nil
+	}), "ping %s", linkLocal(mac))
 }
 
 // linkLocal is the IPv6 address that a kernel makes of a MAC.

@@ -233,7 +233,7 @@ func TestLaunchNoOrphans(t *testing.T) {
 		t.Run(sig.String(), func(t *testing.T) {
 			l := &launchedVM{process: &process{t: t, dir: socketDir(t), log: &logBuffer{}, vmi: writeFile(t, "vmi.yaml", spec("vm", 1))}, out: &logBuffer{}}
 			l.cmd = sidewireCommand("run", "-f", l.vmi, "--netns", w.Pod.Path, "--socket-dir", l.dir, "--resolv-conf", w.ResolvConf, "--", stubborn)
-			l.cmd.Stdout, l.cmd.Stderr = l.out, l.log
+			l.cmd.Stdout, l.cmd.Stderr, l.cmd.WaitDelay = l.out, l.log, 5*time.Second
 			require.NoError(t, l.cmd.Start())
 			require.True(t, enginetest.Wait(20*time.Second, func() bool { return strings.Contains(l.out.String(), "stubborn") }), "%s", l.log)
 			pid := l.qemuPID()
