@@ -25,8 +25,11 @@ func echoKey(f *frame.Frame) key {
 // of this worker, or to none at all. It reports false for one that may belong
 // to a flow of another worker's.
 func (w *worker) icmpKnown(b *frame.Batch, f *frame.Frame) bool {
+	if w.six != nil && f.Head[f.L4] != w.net.echo {
+		return w.icmp6Known(f)
+	}
 	switch f.Head[f.L4] {
-	case icmpEcho:
+	case w.net.echo:
 		if w.net.answersFor(f.DstIP4()) {
 			w.echoReply(b, f)
 			return true
@@ -46,7 +49,7 @@ func (w *worker) icmpKnown(b *frame.Batch, f *frame.Frame) bool {
 
 // icmpOpen begins a session for an echo request.
 func (w *worker) icmpOpen(b *frame.Batch, f *frame.Frame) {
-	if f.Head[f.L4] != icmpEcho {
+	if f.Head[f.L4] != w.net.echo {
 		f.Drop(frame.NoFlow) // an error about a packet that nobody has sent
 		return
 	}
@@ -78,7 +81,7 @@ func (w *worker) echoRequest(b *frame.Batch, f *frame.Frame, i int32) {
 func (w *worker) echoMayGo(b *frame.Batch, f *frame.Frame) bool {
 	n, dst := w.net, f.DstIP4()
 	switch {
-	case dst&n.mask == n.gateway&n.mask:
+	case !n.outside(dst):
 		w.refuse(b, f, icmpUnreachable, codeHost, frame.NoRoute)
 		return false
 	case !n.conf.Ping || !n.permits(frame.ProtoICMP, dst, 0):
@@ -100,8 +103,8 @@ func (w *worker) echoReply(b *frame.Batch, f *frame.Frame) {
 	h[l3+10], h[l3+11] = 0, 0
 	putIPSum(h[:l4])
 	copy(h[l4:], f.Head[f.L4:f.HeadLen])
-	sum := uint64(^binary.BigEndian.Uint16(h[l4+2:])) + uint64(^uint16(icmpEcho<<8))
-	h[l4] = icmpEchoReply
+	sum := uint64(^binary.BigEndian.Uint16(h[l4+2:])) + uint64(^(uint16(w.net.echo) << 8)) + uint64(w.net.echoReply)<<8
+	h[l4] = w.net.echoReply
 	binary.BigEndian.PutUint16(h[l4+2:], changedSum(sum))
 	f.Out = frame.Consumed
 	if !w.deliverWhole(b, r, false) {

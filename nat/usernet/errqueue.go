@@ -25,7 +25,7 @@ const (
 type errorQueue struct {
 	msg  unix.Msghdr
 	iov  unix.Iovec
-	name unix.RawSockaddrInet4
+	name sockAddr
 	ctl  [256]byte
 	data [errorQuote]byte
 }
@@ -53,14 +53,14 @@ type sockError struct {
 }
 
 // read takes the next entry off a socket's error queue.
-func (q *errorQueue) read(fd int32) (e sockError, ok bool) {
-	q.msg.Namelen = unix.SizeofSockaddrInet4
+func (q *errorQueue) read(w *worker, fd int32) (e sockError, ok bool) {
+	q.msg.Namelen = sockAddrLen
 	q.msg.SetControllen(len(q.ctl))
 	n, errno := recvmsg(fd, &q.msg, unix.MSG_ERRQUEUE)
 	if errno != 0 {
 		return e, false
 	}
-	e.addr, e.port, e.data = binary.BigEndian.Uint32(q.name.Addr[:]), netPort(q.name.Port), q.data[:n]
+	e.addr, e.port, e.data = w.addrIn(&q.name), netPort(q.name.Port), q.data[:n]
 	ne := binary.NativeEndian
 	rest := q.ctl[:min(int(q.msg.Controllen), len(q.ctl))]
 	for {
@@ -73,6 +73,13 @@ func (q *errorQueue) read(fd int32) (e sockError, ok bool) {
 			if o := d[extErrLen:]; len(o) >= 8 && ne.Uint16(o) == unix.AF_INET {
 				e.offender = binary.BigEndian.Uint32(o[4:])
 			}
+		}
+		if level == unix.SOL_IPV6 && typ == unix.IPV6_RECVERR && len(d) >= extErrLen && w.six != nil {
+			e.errno, e.origin, e.typ, e.code, e.info = ne.Uint32(d), d[4], d[5], d[6], ne.Uint32(d[8:])
+			if o := d[extErrLen:]; len(o) >= 24 && ne.Uint16(o) == unix.AF_INET6 {
+				e.offender = w.net.six.number(w, (*addr6)(o[8:]))
+			}
+			e.fromSix()
 		}
 		rest = more
 	}
@@ -89,14 +96,14 @@ func (w *worker) socketErrors(b *frame.Batch, i int32, pull bool) (mtu uint32, m
 		if pull && b.Len() >= frame.BatchSize || b.Len() >= frame.BatchMax {
 			return mtu, true
 		}
-		e, ok := w.udp.errs.read(w.table.at(i).fd)
+		e, ok := w.udp.errs.read(w, w.table.at(i).fd)
 		switch {
 		case !ok:
 			return mtu, false
 		case e.origin == unix.SO_EE_ORIGIN_ICMP:
 			w.errorToGuest(b, i, &e)
 		case e.errno == uint32(unix.EMSGSIZE):
-			mtu = e.info
+			mtu = w.mtuInside(e.info)
 		}
 	}
 	return mtu, true
@@ -202,7 +209,7 @@ func (n *Net) offender(a, host, dst uint32) uint32 {
 	switch {
 	case a == host:
 		return dst
-	case a>>24 == 127, a>>24 == 0, a>>28 >= 14, a&n.mask == n.gateway&n.mask:
+	case a>>24 == 127, a>>24 == 0, a>>28 >= 14, !n.outside(a):
 		return n.gateway
 	}
 	return a

@@ -93,9 +93,13 @@ func (w *worker) reassemble(b *frame.Batch, f *frame.Frame) *frame.Frame {
 	t := &w.net.frags
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	p := t.find(fragID(f), w.now)
+	id := fragID(f)
+	if w.six != nil {
+		id = fragID6(f)
+	}
+	p := t.find(id, w.now)
 	if p == nil {
-		p = t.begin(fragID(f), w.now)
+		p = t.begin(id, w.now)
 		p.queue, p.in = f.Queue, f.In
 	}
 	w.fragAlarm()
@@ -392,7 +396,7 @@ func (w *worker) fragsLate(b *frame.Batch, p *partial) {
 		return
 	}
 	q := &w.frags.quote
-	*q = frame.Frame{Len: int32(p.headLen), HeadLen: uint16(p.headLen), Queue: p.queue, In: p.in, L3: l3, L4: uint8(l3 + p.ipLen), Proto: uint8(p.key >> 8)}
+	*q = frame.Frame{Len: int32(p.headLen), HeadLen: uint16(p.headLen), Queue: p.queue, In: p.in, L3: l3, L4: uint8(l3 + p.ipLen), Proto: p.head[l3+9]}
 	copy(q.Head[:], p.head[:p.headLen])
 	w.icmpError(b, q, icmpTimeExceeded, codeReassembly, 0)
 }
@@ -419,13 +423,16 @@ func (w *worker) sumOK(f *frame.Frame) bool {
 	case frame.ProtoUDP:
 		h := f.Head[start:]
 		if h[6]|h[7] == 0 {
-			return true
+			return w.six == nil // RFC 8200, 8.1
 		}
 		n := int(binary.BigEndian.Uint16(h[4:]))
-		sum, end = pseudoSum(f.SrcIP4(), f.DstIP4(), frame.ProtoUDP, n), start+n
+		sum, end = w.net.pseudo(f.DstIP4(), frame.ProtoUDP, n), start+n
 	case frame.ProtoTCP:
-		sum = pseudoSum(f.SrcIP4(), f.DstIP4(), frame.ProtoTCP, end-start)
+		sum = w.net.pseudo(f.DstIP4(), frame.ProtoTCP, end-start)
 	case frame.ProtoICMP:
+		if w.six != nil {
+			sum = w.net.pseudo(f.DstIP4(), frame.ProtoICMP, end-start)
+		}
 	default:
 		return true
 	}

@@ -1,6 +1,7 @@
 package usernet
 
 import (
+	"sidewire/engine/frame"
 	"testing"
 	"time"
 
@@ -41,7 +42,7 @@ func TestHiddenClients(t *testing.T) {
 func TestHiddenClientsBounded(t *testing.T) {
 	n := newWorld(t).net
 	w := n.workers[0]
-	at := func(d time.Duration) { w.begin(int64(time.Hour + d)) }
+	at := func(d time.Duration) { w.begin(&frame.Batch{Now: int64(time.Hour + d)}) }
 	at(0)
 	for i := range hiddenMax {
 		require.NotZero(t, w.hide(53, 0x0a000000+uint32(i), 5000))

@@ -82,7 +82,7 @@ func (w *worker) answerable(f *frame.Frame) bool {
 	case f.Frag, f.Head[0]&1 != 0, f.SrcIP4() != n.guest, dst>>28 >= 14, dst&n.mask == n.gateway&n.mask && dst|n.mask == 1<<32-1:
 		return false
 	case f.Proto == frame.ProtoICMP:
-		return f.Head[f.L4] == icmpEcho
+		return f.Head[f.L4] == n.echo
 	}
 	return true
 }

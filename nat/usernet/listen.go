@@ -1,7 +1,6 @@
 package usernet
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -105,6 +104,9 @@ func (n *Net) AddForward(f Forward) error {
 	if err := f.check(); err != nil {
 		return err
 	}
+	if f.Addr.IsValid() && f.Addr.Is4() != (n.six == nil) {
+		return fmt.Errorf("forward %s: want an %s address", f, n.familyName())
+	}
 	f = f.full()
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -134,8 +136,6 @@ func (f Forward) check() error {
 		return fmt.Errorf("protocol %d cannot be forwarded: want TCP or UDP", f.Proto)
 	case f.Port == 0:
 		return errors.New("port 0 cannot be forwarded: want one from 1 to 65535")
-	case f.Addr.IsValid() && !f.Addr.Is4():
-		return fmt.Errorf("forward %s: want an IPv4 address", f)
 	}
 	return nil
 }
@@ -212,17 +212,22 @@ func (n *Net) bound(l *listener, typ int, share bool) (int32, error) {
 		if share {
 			setInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1)
 		}
-		sa := unix.SockaddrInet4{Port: int(l.forward.Port)}
-		if l.forward.Addr.IsValid() {
-			sa.Addr = l.forward.Addr.As4()
+		sa := sockAddr{Family: uint16(n.family()), Port: netPort(l.forward.Port)}
+		switch a := l.forward.Addr; {
+		case a.Is4():
+			sa.Addr = a.As4()
+		case a.IsValid():
+			sa.six = a.As16()
 		}
-		if err = unix.Bind(int(fd), &sa); err == nil {
+		errno := bind(fd, &sa)
+		if errno == 0 {
 			if typ == unix.SOCK_STREAM {
 				// Who may not mark it as ours has no need to: see uplink.Redirect.
-				setInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1)
+				n.setIP(fd, unix.IP_TRANSPARENT, 1)
 			}
 			return fd, nil
 		}
+		err = errno
 		_ = unix.Close(int(fd))
 	}
 	n.sockets.give()
@@ -344,7 +349,7 @@ func (l *listener) close() {
 // giveMapping makes fd the socket of the guest's UDP port. If the guest has a
 // mapping for that port already, it goes on with the new socket.
 func (n *Net) giveMapping(l *listener, fd int32) error {
-	err := udpOptions(fd)
+	err := n.udpOptions(fd)
 	if err == nil && !l.forward.Addr.IsValid() {
 		err = n.tellAddress(fd)
 	}
@@ -448,8 +453,8 @@ func (w *worker) listenerEvent(b *frame.Batch, i int32, gen uint32) {
 				continue
 			}
 			w.stats.Accepted++
-			w.show(fd, gport)
-			w.tcpAccepted(b, fd, &w.addr, gport)
+			client, port := w.show(fd, gport)
+			w.tcpAccepted(b, fd, client, port, gport)
 			continue
 		case unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM:
 			n.sockets.give()
@@ -479,15 +484,15 @@ func (w *worker) acceptLater(l *listener) {
 	}
 }
 
-// show makes the address of a new connection's client, which is in w.addr, the
-// one that the guest sees.
-func (w *worker) show(fd int32, gport uint16) {
+// show is the address of a new connection's client, which is in w.addr, as the
+// guest sees it.
+func (w *worker) show(fd int32, gport uint16) (addr uint32, port uint16) {
 	n := w.net
-	addr, port := binary.BigEndian.Uint32(w.addr.Addr[:]), netPort(w.addr.Port)
-	if !n.hides(addr) {
-		var local unix.RawSockaddrInet4
-		if sockname(fd, &local) != 0 || local.Addr != w.addr.Addr {
-			return
+	addr, port = w.addrIn(&w.addr), netPort(w.addr.Port)
+	if addr != 0 && !n.hides(addr) {
+		var local sockAddr
+		if sockname(fd, &local) != 0 || local.Addr != w.addr.Addr || local.six != w.addr.six {
+			return addr, port
 		}
 		// From this host to itself.
 	}
@@ -500,12 +505,11 @@ func (w *worker) show(fd int32, gport uint16) {
 	for try := 0; w.table.find(k) != none && try < 64; try++ {
 		k.rport = own(0x8000 | uint16(mix(w.table.seed+uint64(w.now)+uint64(k.rport))>>32)&0x7eff)
 	}
-	binary.BigEndian.PutUint32(w.addr.Addr[:], n.gateway)
-	w.addr.Port = netPort(k.rport)
+	return n.gateway, k.rport
 }
 
 // hides says whether a client's address is not to be shown to the guest, or is
 // one that it cannot answer: a loopback address, or one of its own network.
 func (n *Net) hides(addr uint32) bool {
-	return n.conf.GatewaySource || addr>>24 == 127 || addr&n.mask == n.gateway&n.mask
+	return n.conf.GatewaySource || addr>>24 == 127 || !n.outside(addr)
 }

@@ -60,6 +60,9 @@ type allPorts struct {
 func (n *Net) OpenAll(pod [4]byte) (tcp, udp uint16, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.six != nil {
+		return 0, 0, errors.New("all ports: of IPv4 only")
+	}
 	if n.closed || n.all.tcp != nil {
 		return 0, 0, errors.New("all ports: the user network is closed, or has them already")
 	}
@@ -140,7 +143,7 @@ func (n *Net) boundAll(typ int, port *uint16) (int32, error) {
 				err = errno
 			}
 		}
-		a := unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(*port)}
+		a := sockAddr{Family: unix.AF_INET, Port: netPort(*port)}
 		binary.BigEndian.PutUint32(a.Addr[:], loopback)
 		if err == nil {
 			if errno := bind(fd, &a); errno != 0 {
@@ -203,8 +206,8 @@ func (w *worker) ownPair() uint16 {
 // mapping has. It reports false if there is no room for them in this batch.
 func (w *worker) toAnyPort(b *frame.Batch, s int) bool {
 	n, rx, fl := w.net, w.udp.rx, &w.caught
-	a := rx.ancillary(s)
-	host, hport := binary.BigEndian.Uint32(rx.names[s].Addr[:]), netPort(rx.names[s].Port)
+	a := rx.ancillary(w, s)
+	host, hport := w.addrIn(&rx.names[s]), netPort(rx.names[s].Port)
 	src, sport, ok := w.plainName(fl, host, hport)
 	switch {
 	case !ok, a.toPort == 0, a.to>>24 == 127: // the last is somebody of the pod who has found the socket
@@ -228,7 +231,7 @@ func (l *listener) guestPort(fd int32) (uint16, bool) {
 	if !l.all {
 		return l.gport, true
 	}
-	var local unix.RawSockaddrInet4
+	var local sockAddr
 	if sockname(fd, &local) != 0 || local.Addr[0] == 127 { // somebody of the pod has found the listener itself
 		return 0, false
 	}

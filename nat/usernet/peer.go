@@ -1,10 +1,6 @@
 package usernet
 
-import (
-	"fmt"
-
-	"sidewire/engine/frame"
-)
+import "sidewire/engine/frame"
 
 // A peer is an entry of the flow table beside a UDP mapping: what is to be
 // remembered of somebody whom it talks to. There are none as long as nothing
@@ -187,7 +183,7 @@ func (w *worker) plainName(fl *flow, host uint32, hport uint16) (addr uint32, po
 	case host>>24 == 127:
 		// Others of the loopback network answer for 127.0.0.1 too.
 		return n.gateway, hport, n.conf.Loopback
-	case host&n.mask == n.gateway&n.mask, host>>24 == 0, host>>28 >= 14:
+	case !n.outside(host), host>>24 == 0, host>>28 >= 14:
 		return 0, 0, false
 	}
 	return host, hport, true
@@ -201,19 +197,15 @@ type reverse struct {
 
 // init takes services, of which the first is the name of a place that several
 // stand for.
-func (r *reverse) init(ss []Service) error {
+func (r *reverse) init(n *Net, ss []Service) {
 	r.services = map[serviceKey]serviceKey{}
 	for _, s := range ss {
-		if !s.Addr.Addr().Is4() || !s.To.Addr().Is4() {
-			return fmt.Errorf("service %s at %s: want addresses of IPv4", s.Addr, s.To)
-		}
-		k := serviceKey{s.Proto, ip4(s.To.Addr()), s.To.Port()}
+		k := serviceKey{s.Proto, n.numberOf(s.To.Addr()), s.To.Port()}
 		if _, ok := r.services[k]; !ok {
-			r.services[k] = serviceKey{s.Proto, ip4(s.Addr.Addr()), s.Addr.Port()}
+			r.services[k] = serviceKey{s.Proto, n.numberOf(s.Addr.Addr()), s.Addr.Port()}
 			r.hosts |= 1 << (k.addr & 63)
 		}
 	}
-	return nil
 }
 
 func (r *reverse) find(proto uint8, host uint32, port uint16) (serviceKey, bool) {

@@ -195,13 +195,9 @@ func (r Rule) String() string {
 
 // allows says whether the guest may send to an address. port is 0 for protocols
 // that have none.
-func (p *Policy) allows(proto uint8, t target) bool {
-	if len(p.Rules) == 0 {
-		return !p.Deny
-	}
-	a := netip.AddrFrom16(t.addr).Unmap()
+func (p *Policy) allows(proto uint8, a netip.Addr, port uint16) bool {
 	for i := range p.Rules {
-		if r := &p.Rules[i]; r.fits(proto, a, t.port) {
+		if r := &p.Rules[i]; r.fits(proto, a, port) {
 			return r.Allow
 		}
 	}
@@ -221,10 +217,13 @@ func (r *Rule) fits(proto uint8, a netip.Addr, port uint16) bool {
 // permits says whether the guest may send to an address that resolve knows.
 func (n *Net) permits(proto uint8, addr uint32, port uint16) bool {
 	p := n.policy.Load()
-	if addr&n.mask != n.gateway&n.mask || len(p.Rules) == 0 {
-		return p.allows(proto, target{mapped(addr), port})
+	if len(p.Rules) == 0 {
+		return !p.Deny
 	}
-	own, host := netip.AddrFrom16(mapped(addr)).Unmap(), netip.AddrFrom16(mapped(loopback)).Unmap()
+	if addr&n.mask != n.gateway&n.mask {
+		return p.allows(proto, n.ipOf(addr), port)
+	}
+	own, host := n.ipOf(addr), n.ipOf(loopback)
 	_, service := n.service[serviceKey{proto, addr, port}]
 	for i := range p.Rules {
 		r := &p.Rules[i]

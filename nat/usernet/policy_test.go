@@ -137,9 +137,9 @@ func TestPolicy(t *testing.T) {
 // To ask costs nothing that the collector sees.
 func TestPolicyAllocs(t *testing.T) {
 	p := policyOf(t, true, "deny=10.0.0.0/8", "allow=192.0.2.0/24:443/tcp", "allow=any:53/udp")
-	to := target{mapped(192<<24 | 2<<8 | 1), 53}
+	to := netip.MustParseAddr("192.0.2.1")
 	assert.Zero(t, testing.AllocsPerRun(100, func() {
-		if !p.allows(frame.ProtoUDP, to) {
+		if !p.allows(frame.ProtoUDP, to, 53) {
 			t.Error("denied")
 		}
 	}))

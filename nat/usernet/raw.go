@@ -15,6 +15,19 @@ type mmsghdr struct {
 	len uint32
 }
 
+// sockAddr is a socket's address: a struct sockaddr_in, which ends behind Addr,
+// or a struct sockaddr_in6, which has a flow label there. The kernel takes the
+// whole for both.
+type sockAddr struct {
+	Family uint16
+	Port   uint16 // in network order, as Addr is
+	Addr   [4]byte
+	six    addr6
+	scope  uint32
+}
+
+const sockAddrLen = uint32(unsafe.Sizeof(sockAddr{}))
+
 // setIov makes v the non-empty slice b.
 func setIov(v *unix.Iovec, b []byte) {
 	v.Base = unsafe.SliceData(b) // SAFETY: no conversion; an Iovec wants the pointer
@@ -22,7 +35,7 @@ func setIov(v *unix.Iovec, b []byte) {
 }
 
 // nameOf is a socket address as a Msghdr wants it.
-func nameOf(a *unix.RawSockaddrInet4) *byte {
+func nameOf(a *sockAddr) *byte {
 	return (*byte)(unsafe.Pointer(a)) // SAFETY: the kernel uses Namelen bytes, at most the size of *a
 }
 
@@ -106,7 +119,7 @@ func getInt(fd int32, level, opt int) (v int32, errno unix.Errno) {
 }
 
 // accept takes a connection from a listener.
-func accept(fd int, a *unix.RawSockaddrInet4) (int32, unix.Errno) {
+func accept(fd int, a *sockAddr) (int32, unix.Errno) {
 	n := uint32(unsafe.Sizeof(*a))
 	// SAFETY: the kernel writes at most n bytes, the size of *a, during the call.
 	r, _, errno := unix.RawSyscall6(unix.SYS_ACCEPT4, uintptr(fd), uintptr(unsafe.Pointer(a)), uintptr(unsafe.Pointer(&n)),
@@ -149,7 +162,7 @@ func writable(fd int32) bool {
 }
 
 // sockname reads the address that a socket is bound to.
-func sockname(fd int32, a *unix.RawSockaddrInet4) unix.Errno {
+func sockname(fd int32, a *sockAddr) unix.Errno {
 	n := uint32(unsafe.Sizeof(*a))
 	// SAFETY: the kernel writes at most n bytes, the size of *a, during the call.
 	_, _, errno := unix.RawSyscall(unix.SYS_GETSOCKNAME, uintptr(fd), uintptr(unsafe.Pointer(a)), uintptr(unsafe.Pointer(&n)))

@@ -52,6 +52,31 @@ type sendControl struct {
 	segment segmentControl
 }
 
+// sourceControl6 is sourceControl for IPv6.
+type sourceControl6 struct {
+	hdr  unix.Cmsghdr
+	info unix.Inet6Pktinfo
+	_    [4]byte
+}
+
+const sourceControl6Len = int(unsafe.Sizeof(sourceControl6{}))
+
+func (c *sourceControl6) init() {
+	c.hdr = unix.Cmsghdr{Level: unix.SOL_IPV6, Type: unix.IPV6_PKTINFO}
+	c.hdr.SetLen(unix.CmsgLen(unix.SizeofInet6Pktinfo))
+}
+
+// base is where the message begins, as a Msghdr wants it.
+func (c *sourceControl6) base() *byte {
+	return (*byte)(unsafe.Pointer(c)) // SAFETY: as for sourceControl
+}
+
+// sendControl6 is sendControl for IPv6.
+type sendControl6 struct {
+	source  sourceControl6
+	segment segmentControl
+}
+
 // nextControl takes the first control message off b, which the kernel has
 // filled. It reports false if there is none.
 func nextControl(b []byte) (level, typ int32, data, rest []byte, ok bool) {

@@ -11,21 +11,21 @@ import (
 // away when a connect(2) over a veth pair lasts for more than its 20 us, and
 // then not rest for as long as flows are opened.
 
-// newSocket makes a socket of IPv4 that does not wait.
-func newSocket(typ, proto int) (int32, unix.Errno) {
-	fd, _, errno := unix.RawSyscall(unix.SYS_SOCKET, unix.AF_INET, uintptr(typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC), uintptr(proto))
+// newSocket makes a socket that does not wait.
+func newSocket(family uintptr, typ, proto int) (int32, unix.Errno) {
+	fd, _, errno := unix.RawSyscall(unix.SYS_SOCKET, family, uintptr(typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC), uintptr(proto))
 	return int32(fd), errno
 }
 
 // bind gives a socket an address.
-func bind(fd int32, a *unix.RawSockaddrInet4) unix.Errno {
+func bind(fd int32, a *sockAddr) unix.Errno {
 	// SAFETY: the kernel reads the size of *a during the call.
 	_, _, errno := unix.RawSyscall(unix.SYS_BIND, uintptr(fd), uintptr(unsafe.Pointer(a)), unsafe.Sizeof(*a))
 	return errno
 }
 
 // connect has a socket that does not wait call an address.
-func connect(fd int32, a *unix.RawSockaddrInet4) unix.Errno {
+func connect(fd int32, a *sockAddr) unix.Errno {
 	// SAFETY: the kernel reads the size of *a during the call.
 	_, _, errno := unix.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(a)), unsafe.Sizeof(*a))
 	return errno

@@ -59,7 +59,7 @@ func (s *netns) leave() {
 	}
 }
 
-// socket makes a socket of IPv4 where the guest's are, which does not wait. The
+// socket makes a socket of the Net's family where the guest's are, which does not wait. The
 // caller has counted it. In another namespace it takes about 4 us more: a
 // socket stays in that in which it was made, so the thread goes there and
 // comes back.
@@ -70,9 +70,15 @@ func (n *Net) socket(typ, proto int) (int32, error) {
 		}
 		defer n.ns.leave()
 	}
-	fd, errno := newSocket(typ, proto)
+	if n.six != nil && proto == unix.IPPROTO_ICMP {
+		proto = unix.IPPROTO_ICMPV6
+	}
+	fd, errno := newSocket(n.family(), typ, proto)
 	if errno != 0 {
 		return -1, errno
+	}
+	if n.six != nil {
+		setInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	}
 	return fd, nil
 }

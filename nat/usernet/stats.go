@@ -186,17 +186,23 @@ func (w *worker) info(f *flow, now int64, forwarded map[protoPort]bool) FlowInfo
 		Proto: f.proto, GuestAddr: w.net.conf.Guest, GuestPort: f.gport, State: stateNames[f.state],
 		Idle: time.Duration(max(int16(seen-f.seen), 0)) << (tickShift + seenShift), Queue: f.queue, Worker: w.id,
 	}
+	if f.proto == frame.ProtoICMP && w.six != nil {
+		i.Proto = protoICMP6
+	}
 	if f.proto == frame.ProtoTCP {
-		i.Remote, i.RemotePort = netip.AddrFrom4(f.remote), f.rport
+		i.Remote, i.RemotePort = w.net.ipOf(f.remote.addr()), f.rport
 	}
 	if f.fd < 0 {
 		return i
 	}
 	if sa, err := unix.Getsockname(int(f.fd)); err == nil {
-		if sa, ok := sa.(*unix.SockaddrInet4); ok {
+		switch sa := sa.(type) {
+		case *unix.SockaddrInet4:
 			i.ExternalPort = uint16(sa.Port)
-			i.Inbound = forwarded[protoPort{f.proto, i.ExternalPort}]
+		case *unix.SockaddrInet6:
+			i.ExternalPort = uint16(sa.Port)
 		}
+		i.Inbound = forwarded[protoPort{f.proto, i.ExternalPort}]
 	}
 	if f.proto == frame.ProtoTCP {
 		if t, err := unix.GetsockoptTCPInfo(int(f.fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {

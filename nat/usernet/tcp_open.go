@@ -106,11 +106,11 @@ func (w *worker) connect(i int32, to target) unix.Errno {
 	for kept := true; ; kept = false {
 		if kept {
 			setInt(fl.fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
-			w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(fl.gport)}
+			w.addr = sockAddr{}
+			w.net.putAddr(&w.addr, 0, fl.gport)
 			kept = bind(fl.fd, &w.addr) == 0
 		}
-		w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET, Port: netPort(to.port)}
-		binary.BigEndian.PutUint32(w.addr.Addr[:], unmapped(&to.addr))
+		w.net.putAddr(&w.addr, unmapped(&to.addr), to.port)
 		errno := connect(fl.fd, &w.addr)
 		if errno == 0 || errno == unix.EINPROGRESS {
 			if err := w.watchTCP(i); err != nil {
@@ -196,10 +196,10 @@ func (w *worker) unreachable(b *frame.Batch, fl *flow, code uint8) {
 
 // tcpAccepted begins a flow for a connection that a client of the host's has
 // made to a forwarded port. It takes the descriptor.
-func (w *worker) tcpAccepted(b *frame.Batch, fd int32, client *unix.RawSockaddrInet4, gport uint16) {
+func (w *worker) tcpAccepted(b *frame.Batch, fd int32, client uint32, port, gport uint16) {
 	n := w.net
 	k := key{
-		remote: client.Addr, rport: bits.ReverseBytes16(client.Port), gport: gport,
+		remote: hostOf(client), rport: port, gport: gport,
 		proto: frame.ProtoTCP,
 	}
 	// Clients that are all shown as the gateway may have the same port.

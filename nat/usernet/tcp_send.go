@@ -21,9 +21,7 @@ const (
 	// bulkFrames is how many long frames a flow may bring in its turn, by one
 	// call.
 	bulkFrames = 4
-	// lentHead is what of a frame is not received into the guest's buffers, and
-	// bufferSlack how much longer than that buffers are taken to be.
-	lentHead    = frame.VnetHdrMrgLen + headLen
+	// bufferSlack is how much longer than their headers buffers are taken to be.
 	bufferSlack = 2048
 	// keepEdge, or 8 segments, is how much window is enough not to ask for more
 	// with each small segment.
@@ -50,7 +48,7 @@ func (w *worker) tcpHeader(f *frame.Frame, fl *flow, seq uint32, bits uint8, opt
 	}
 	binary.BigEndian.PutUint16(h[14:], uint16(min(wnd, 0xffff)))
 	// The device completes the sum for guests that do not take it so.
-	binary.BigEndian.PutUint16(h[16:], frame.Fold(pseudoSum(src, w.net.guest, frame.ProtoTCP, total)))
+	binary.BigEndian.PutUint16(h[16:], frame.Fold(w.net.pseudo(src, frame.ProtoTCP, total)))
 	h[18], h[19] = 0, 0
 	f.HeadLen, f.Len = uint16(headLen+opts), int32(headLen+opts+n)
 	f.Flags, f.CsumStart, f.CsumOffset, f.HdrLen = frame.NeedsCsum, l4, 16, uint16(headLen+opts)
@@ -258,7 +256,7 @@ func (w *worker) receiveBulk(b *frame.Batch, i int32, limit int) (v pumped, ok b
 	}
 	limit = min(limit, frames*per)
 	// Each frame begins a buffer of its own.
-	bufs := r.room.Reserve(r.used, lentHead+min(limit, bulkMin), limit+frames*(lentHead+bufferSlack))
+	bufs := r.room.Reserve(r.used, w.net.lent+min(limit, bulkMin), limit+frames*(w.net.lent+bufferSlack))
 	switch {
 	case bufs == nil && r.room.Short():
 		r.short = true
@@ -283,8 +281,8 @@ func (w *worker) receiveBulk(b *frame.Batch, i int32, limit int) (v pumped, ok b
 		n -= size
 		f := b.Next()
 		w.segmentFor(f, i, size, n == 0)
-		f.RxAt, f.RxBufs = uint16(r.used), covering(bufs[r.used:], lentHead+size)
-		f.Tail = behind(b.Segs(int(f.RxBufs)), bufs[r.used:], size)
+		f.RxAt, f.RxBufs = uint16(r.used), covering(bufs[r.used:], w.net.lent+size)
+		f.Tail = behind(b.Segs(int(f.RxBufs)), bufs[r.used:], w.net.lent, size)
 		r.used += int(f.RxBufs)
 		if size < bulkMin {
 			fl.flags &^= bulk
@@ -296,13 +294,13 @@ func (w *worker) receiveBulk(b *frame.Batch, i int32, limit int) (v pumped, ok b
 // lay puts the places for limit bytes of payload, in frames of per bytes, to
 // w.iovs. It returns how many they are, and how many bytes they have room for.
 func (w *worker) lay(bufs [][]byte, per, limit int) (niov, room int) {
-	skip, left := lentHead, min(per, limit)
+	skip, left := w.net.lent, min(per, limit)
 	for _, p := range bufs {
 		if left == 0 { // the next frame
 			if limit -= per; limit <= 0 {
 				break
 			}
-			skip, left = lentHead, min(per, limit)
+			skip, left = w.net.lent, min(per, limit)
 		}
 		if niov == iovMax {
 			break
@@ -323,8 +321,7 @@ func (w *worker) lay(bufs [][]byte, per, limit int) (niov, room int) {
 }
 
 // behind appends to tail what n bytes of payload take of a frame's buffers.
-func behind(tail, bufs [][]byte, n int) [][]byte {
-	skip := lentHead
+func behind(tail, bufs [][]byte, skip, n int) [][]byte {
 	for _, p := range bufs {
 		if skip >= len(p) {
 			skip -= len(p)
@@ -348,7 +345,7 @@ func (w *worker) receiveShort(b *frame.Batch, i int32, limit int) pumped {
 	if f == nil {
 		return pumpLater
 	}
-	inHead := min(limit, frame.HeadSize-headLen)
+	inHead := min(limit, w.net.inHead-headLen)
 	setIov(&w.iovs[0], f.Head[headLen:headLen+inHead])
 	niov, room := 1, inHead
 	var rest []byte
@@ -502,13 +499,13 @@ func (w *worker) segmentFor(f *frame.Frame, i int32, n int, last bool) {
 func (w *worker) notDelivered(f *frame.Frame) {
 	i := int32(f.Token - 1)
 	fl := w.table.at(i)
-	seq := binary.BigEndian.Uint32(f.Head[l4+4:])
+	seq := binary.BigEndian.Uint32(f.Head[f.L4+4:])
 	if fl.state != stateEstablished || fl.gport != f.DstPort() || fl.rport != f.SrcPort() || before(seq, fl.sndUna) || !before(seq, fl.sndNxt) {
 		return
 	}
 	fl.sndNxt = seq
 	w.seek(fl)
-	if f.Head[l4+13]&tcpURG != 0 {
+	if f.Head[f.L4+13]&tcpURG != 0 {
 		w.mark(i, seq)
 	}
 	// A full ring is no loss in a network, and the time that it takes no round

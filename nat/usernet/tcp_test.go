@@ -76,9 +76,16 @@ func (p *peer) segment(seq uint32, bits uint8, data string, options ...byte) []b
 // patch writes a 16-bit field of the TCP header and keeps the checksum right.
 func patch(b []byte, at int, v uint16) {
 	h := b[l4:]
+	six := binary.BigEndian.Uint16(b[12:]) == frame.TypeIPv6
+	if six {
+		h = b[l4+sixMore:]
+	}
 	binary.BigEndian.PutUint16(h[at:], v)
 	h[16], h[17] = 0, 0
 	sum := pseudoSum(binary.BigEndian.Uint32(b[26:]), binary.BigEndian.Uint32(b[30:]), frame.ProtoTCP, len(h))
+	if six {
+		sum = frame.Sum(b[22:54], uint64(frame.ProtoTCP+len(h)))
+	}
 	binary.BigEndian.PutUint16(h[16:], ^frame.Fold(frame.Sum(h, sum)))
 }
 

@@ -269,7 +269,7 @@ func (w *worker) openSocket(i int32) error {
 		return err
 	}
 	w.bindMapping(fd, fl.proto, fl.gport)
-	if err = udpOptions(fd); err == nil {
+	if err = n.udpOptions(fd); err == nil {
 		err = w.watch(fd, udpEvents, eventFlow, i, fl.gen)
 	}
 	if err != nil {
@@ -285,8 +285,8 @@ func (w *worker) openSocket(i int32) error {
 // taken, one of its class (RFC 4787 REQ-3a) where we may. Without any it gets
 // an unpredictable one from the kernel when it sends.
 func (w *worker) bindMapping(fd int32, proto uint8, port uint16) {
-	w.addr = unix.RawSockaddrInet4{Family: unix.AF_INET}
-	w.addr.Port = netPort(port)
+	w.addr = sockAddr{}
+	w.net.putAddr(&w.addr, 0, port)
 	errno := bind(fd, &w.addr)
 	if errno == unix.EADDRINUSE && w.net.all.on && proto == frame.ProtoUDP {
 		// Who has it on the loopback alone is no hindrance: clients write to the pod's address.
@@ -313,19 +313,19 @@ func (w *worker) bindMapping(fd int32, proto uint8, port uint16) {
 }
 
 // udpOptions prepares a mapping's socket.
-func udpOptions(fd int32) error {
-	if errno := setInt(fd, unix.SOL_IP, unix.IP_RECVERR, 1); errno != 0 {
+func (n *Net) udpOptions(fd int32) error {
+	if errno := n.setIP(fd, unix.IP_RECVERR, 1); errno != 0 {
 		return errno
 	}
-	if errno := setInt(fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO); errno != 0 {
+	if errno := n.setIP(fd, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO); errno != 0 {
 		return errno
 	}
 	// Without these the guest gets single datagrams, and hop counts and
 	// traffic classes of our own. The last two take about 0.25 us of the 1.2
 	// that a datagram takes to arrive (BenchmarkUDPToGuest, 2 busy CPUs).
 	setInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1)
-	setInt(fd, unix.SOL_IP, unix.IP_RECVTTL, 1)
-	setInt(fd, unix.SOL_IP, unix.IP_RECVTOS, 1)
+	n.setIP(fd, unix.IP_RECVTTL, 1)
+	n.setIP(fd, unix.IP_RECVTOS, 1)
 	return nil
 }
 

@@ -29,7 +29,7 @@ type datagramsIn struct {
 	arena []byte // mapped: pages that nothing was received into take no memory
 	msgs  [receiveMost]mmsghdr
 	iovs  [receiveMost][2]unix.Iovec
-	names [receiveMost]unix.RawSockaddrInet4
+	names [receiveMost]sockAddr
 	ctls  [receiveMost][controlRoom / 8]uint64
 
 	next int // first slot that is free
@@ -69,7 +69,7 @@ func (rx *datagramsIn) large(s int) []byte {
 // clean makes a slot ready to receive into.
 func (rx *datagramsIn) clean(s int) {
 	h := &rx.msgs[s].hdr
-	h.Namelen = unix.SizeofSockaddrInet4
+	h.Namelen = sockAddrLen
 	h.SetControllen(controlRoom)
 }
 
@@ -161,7 +161,7 @@ type ancillary struct {
 	toPort uint16
 }
 
-func (rx *datagramsIn) ancillary(s int) (a ancillary) {
+func (rx *datagramsIn) ancillary(w *worker, s int) (a ancillary) {
 	a.ttl = 64
 	rest := controlBytes(&rx.ctls[s])[:min(int(rx.msgs[s].hdr.Controllen), controlRoom)]
 	for {
@@ -177,6 +177,12 @@ func (rx *datagramsIn) ancillary(s int) (a ancillary) {
 			a.tos = d[0]
 		case level == unix.SOL_IP && typ == unix.IP_PKTINFO && len(d) >= unix.SizeofInet4Pktinfo:
 			a.to = binary.BigEndian.Uint32(d[8:])
+		case level == unix.SOL_IPV6 && typ == unix.IPV6_HOPLIMIT && len(d) >= 4:
+			a.ttl = uint8(binary.NativeEndian.Uint32(d))
+		case level == unix.SOL_IPV6 && typ == unix.IPV6_TCLASS && len(d) >= 4:
+			a.tos = uint8(binary.NativeEndian.Uint32(d))
+		case level == unix.SOL_IPV6 && typ == unix.IPV6_PKTINFO && len(d) >= unix.SizeofInet6Pktinfo && w.six != nil:
+			a.to = w.net.six.number(w, (*addr6)(d))
 		case level == unix.SOL_IP && typ == unix.IP_ORIGDSTADDR && len(d) >= 8:
 			a.to, a.toPort = binary.BigEndian.Uint32(d[4:]), binary.BigEndian.Uint16(d[2:])
 		}
@@ -188,7 +194,11 @@ func (rx *datagramsIn) ancillary(s int) (a ancillary) {
 // room for them in this batch.
 func (w *worker) fromHost(b *frame.Batch, i int32, s int) bool {
 	rx, fl := w.udp.rx, w.table.at(i)
-	host, hport := binary.BigEndian.Uint32(rx.names[s].Addr[:]), netPort(rx.names[s].Port)
+	host, hport := w.addrIn(&rx.names[s]), netPort(rx.names[s].Port)
+	if host == 0 {
+		w.stats.Filtered++ // nobody, or one too many
+		return true
+	}
 	var src uint32
 	var sport uint16
 	if fl.proto == frame.ProtoICMP {
@@ -212,7 +222,7 @@ func (w *worker) fromHost(b *frame.Batch, i int32, s int) bool {
 		}
 	}
 	fl.flags |= mapAnswered
-	a := rx.ancillary(s)
+	a := rx.ancillary(w, s)
 	if fl.flags&mapWild != 0 {
 		w.wroteTo(i, target{mapped(host), hport}, a.to, host == fl.hostAddr() && hport == fl.hostPort())
 	}
@@ -269,7 +279,7 @@ func (w *worker) udpHeaders(f *frame.Frame, fl *flow, n int, src uint32, sport u
 	binary.BigEndian.PutUint16(h[l4:], sport)
 	binary.BigEndian.PutUint16(h[l4+2:], fl.gport)
 	binary.BigEndian.PutUint16(h[l4+4:], uint16(udpLen+n))
-	binary.BigEndian.PutUint16(h[l4+6:], frame.Fold(pseudoSum(src, w.net.guest, frame.ProtoUDP, udpLen+n)))
+	binary.BigEndian.PutUint16(h[l4+6:], frame.Fold(w.net.pseudo(src, frame.ProtoUDP, udpLen+n)))
 	f.Flags, f.CsumStart, f.CsumOffset = frame.NeedsCsum, l4, 6
 	if a.segment > 0 {
 		f.GSO, f.GSOSize, f.HdrLen = frame.GSOUDPL4, uint16(a.segment), headUDP
@@ -291,7 +301,7 @@ func carry(h []byte, a ancillary) {
 func (w *worker) fill(b *frame.Batch, f *frame.Frame, at, s, off, n int) bool {
 	rx := w.udp.rx
 	f.HeadLen, f.Len = uint16(at), int32(at+n)
-	if n <= frame.HeadSize-at && off+n <= smallSlot {
+	if n <= w.net.inHead-at && off+n <= smallSlot {
 		copy(f.Head[at:], rx.small(s)[off:off+n])
 		f.HeadLen += uint16(n)
 		return true
@@ -316,10 +326,9 @@ func (w *worker) fill(b *frame.Batch, f *frame.Frame, at, s, off, n int) bool {
 // tooBig brings the guest the n bytes of a slot as datagrams of size bytes each,
 // which its MTU does not take, in fragments.
 func (w *worker) tooBig(b *frame.Batch, fl *flow, s, n, size int, src uint32, sport uint16, a ancillary) bool {
-	mtu := w.net.conf.MTU
 	need := 0
 	for off := 0; off < n; off += size {
-		need += fragmentsOf(udpLen+min(size, n-off), mtu)
+		need += w.fragmentsOf(udpLen + min(size, n-off))
 	}
 	if have := frame.BatchSize - b.Len(); need > have || 4*need > b.SegsLeft() {
 		if b.Len() > 0 {
@@ -346,10 +355,10 @@ func (w *worker) tooBig(b *frame.Batch, fl *flow, s, n, size int, src uint32, sp
 // echoFromHost brings the guest an answer to its echo request.
 func (w *worker) echoFromHost(b *frame.Batch, fl *flow, s, n int, src uint32, a ancillary) bool {
 	rx := w.udp.rx
-	if n < icmpLen || rx.small(s)[0] != icmpEchoReply {
+	if n < icmpLen || rx.small(s)[0] != w.net.echoReply {
 		return true
 	}
-	if need := fragmentsOf(n, w.net.conf.MTU); need > frame.BatchSize-b.Len() || 4*need > b.SegsLeft() {
+	if need := w.fragmentsOf(n); need > frame.BatchSize-b.Len() || 4*need > b.SegsLeft() {
 		return false
 	}
 	r := &w.udp.whole
@@ -364,14 +373,23 @@ func (w *worker) echoFromHost(b *frame.Batch, fl *flow, s, n int, src uint32, a 
 	return true
 }
 
-// fragmentsOf is how many fragments an IPv4 packet has whose payload is n bytes
-// long, 1 if it fits into the MTU whole.
-func fragmentsOf(n, mtu int) int {
-	if ip4Len+n <= mtu {
+// fragmentsOf is how many fragments a packet for the guest has whose payload is n
+// bytes long, 1 if it fits into the MTU whole.
+func (w *worker) fragmentsOf(n int) int {
+	if ip4Len+n <= w.net.conf.MTU {
 		return 1
 	}
-	per := (mtu - ip4Len) &^ 7
+	per := w.perFragment()
 	return (n + per - 1) / per
+}
+
+// perFragment is how many bytes of payload a fragment has for the guest.
+func (w *worker) perFragment() int {
+	n := w.net.conf.MTU - ip4Len
+	if w.six != nil {
+		n -= sixFragment
+	}
+	return n &^ 7
 }
 
 // deliverWhole adds a copy of a frame for the guest to the batch: as it is, or
@@ -383,7 +401,10 @@ func (w *worker) deliverWhole(b *frame.Batch, r *frame.Frame, pull bool) bool {
 		room = frame.BatchSize - b.Len()
 	}
 	n := int(r.Len) - l4
-	count := fragmentsOf(n, w.net.conf.MTU)
+	if w.six != nil && r.Proto == frame.ProtoICMP {
+		w.sumEcho6(r)
+	}
+	count := w.fragmentsOf(n)
 	if count > room || count > 1 && count+len(r.Tail) > b.SegsLeft() {
 		return false
 	}
@@ -392,7 +413,7 @@ func (w *worker) deliverWhole(b *frame.Batch, r *frame.Frame, pull bool) bool {
 		return true
 	}
 	id := uint16(w.net.ids.Add(1)) // RFC 6864: unique as long as the guest may wait
-	per := (w.net.conf.MTU - ip4Len) &^ 7
+	per := w.perFragment()
 	c := cursor{rest: r.Tail}
 	for off := 0; off < n; off += per {
 		k := min(per, n-off)

@@ -53,14 +53,15 @@ type datagramsOut struct {
 	waiting int32
 
 	msgs  [sendMost]mmsghdr
-	names [sendMost]unix.RawSockaddrInet4
+	names [sendMost]sockAddr
 	ctls  [sendMost]sendControl
 	runs  [sendMost]run
 
 	part     unix.Msghdr
-	partName unix.RawSockaddrInet4
+	partName sockAddr
 	partIovs [partMost]unix.Iovec
 	partCtl  sourceControl
+	six      *sourcesOut // nil until a datagram of IPv6 has one
 }
 
 // run is the datagrams that one message sends.
@@ -73,13 +74,30 @@ func newDatagramsOut() *datagramsOut {
 	t := &datagramsOut{touched: make([]int32, 0, frame.BatchMax)}
 	t.partCtl.init()
 	for k := range t.msgs {
-		t.names[k].Family = unix.AF_INET
 		t.ctls[k].source.init()
 		t.ctls[k].segment.init()
 		h := &t.msgs[k].hdr
-		h.Name, h.Namelen = nameOf(&t.names[k]), unix.SizeofSockaddrInet4
+		h.Name, h.Namelen = nameOf(&t.names[k]), sockAddrLen
 	}
 	return t
+}
+
+// sourcesOut are the control messages that say which address a datagram of IPv6
+// leaves from.
+type sourcesOut struct {
+	ctls [sendMost]sendControl6
+	part sourceControl6
+}
+
+func (t *datagramsOut) sources6() *sourcesOut {
+	if t.six == nil {
+		t.six = new(sourcesOut)
+		t.six.part.init()
+		for k := range t.six.ctls {
+			t.six.ctls[k].source.init()
+		}
+	}
+	return t.six
 }
 
 // sendLater has n bytes of a frame, from off on, sent at the end of the batch
@@ -143,7 +161,7 @@ func (w *worker) sendSome(b *frame.Batch, i, next int32) int32 {
 	t, fl := w.udp.tx, w.table.at(i)
 	first := &t.wait[next-1]
 	opts := first.opts
-	fl.apply(opts)
+	w.net.apply(fl, opts)
 	msgs, iovs := 0, 0
 	for next != 0 && msgs < sendMost && t.wait[next-1].opts == opts {
 		p := &t.wait[next-1]
@@ -163,8 +181,7 @@ func (w *worker) sendSome(b *frame.Batch, i, next int32) int32 {
 		}
 		next = after
 		h := &t.msgs[msgs].hdr
-		t.names[msgs].Port = netPort(p.port)
-		binary.BigEndian.PutUint32(t.names[msgs].Addr[:], p.addr)
+		w.net.putAddr(&t.names[msgs], p.addr, p.port)
 		h.Iov = &w.iovs[start]
 		h.SetIovlen(iovs - start)
 		h.Control = nil
@@ -174,7 +191,12 @@ func (w *worker) sendSome(b *frame.Batch, i, next int32) int32 {
 			h.Control = c.segment.base()
 			h.SetControllen(segmentControlLen)
 		}
-		if p.src != 0 {
+		if p.src != 0 && w.six != nil {
+			c := &t.sources6().ctls[msgs]
+			c.source.info.Addr, c.segment = w.net.six.address(p.src), t.ctls[msgs].segment
+			h.Control = c.source.base()
+			h.SetControllen(sourceControl6Len + int(h.Controllen))
+		} else if p.src != 0 {
 			c := &t.ctls[msgs].source
 			binary.BigEndian.PutUint32(c.info.Spec_dst[:], p.src)
 			h.Control = c.base()
@@ -220,21 +242,21 @@ func (w *worker) extend(r *run, iovs int, next int32) (used int, after int32) {
 }
 
 // apply gives a socket the options that the guest's headers ask for.
-func (f *flow) apply(o sockOpts) {
+func (n *Net) apply(f *flow, o sockOpts) {
 	ttl, tos := uint8(o>>16), uint8(o>>8)
 	if f.ttl() != ttl {
-		setInt(f.fd, unix.SOL_IP, unix.IP_TTL, int32(ttl))
+		n.setIP(f.fd, unix.IP_TTL, int32(ttl))
 	}
 	if f.tos() != tos {
-		setInt(f.fd, unix.SOL_IP, unix.IP_TOS, int32(tos))
+		n.setIP(f.fd, unix.IP_TOS, int32(tos))
 	}
 	f.setHeader(ttl, tos)
 	switch may := f.flags&mapFragments != 0; {
 	case may && o&1 != 0:
-		setInt(f.fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
+		n.setIP(f.fd, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DO)
 		f.flags &^= mapFragments
 	case !may && o&1 == 0:
-		setInt(f.fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT)
+		n.setIP(f.fd, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_DONT)
 		f.flags |= mapFragments
 	}
 }
@@ -335,11 +357,15 @@ func (w *worker) sendPart(i int32, p *outbound, skip, n int) unix.Errno {
 		return unix.EFAULT
 	}
 	name := &t.partName
-	name.Family, name.Port = unix.AF_INET, netPort(p.port)
-	binary.BigEndian.PutUint32(name.Addr[:], p.addr)
-	t.part = unix.Msghdr{Name: nameOf(name), Namelen: unix.SizeofSockaddrInet4, Iov: &t.partIovs[0]}
+	w.net.putAddr(name, p.addr, p.port)
+	t.part = unix.Msghdr{Name: nameOf(name), Namelen: sockAddrLen, Iov: &t.partIovs[0]}
 	t.part.SetIovlen(k)
-	if p.src != 0 {
+	if p.src != 0 && w.six != nil {
+		c := &t.sources6().part
+		c.info.Addr = w.net.six.address(p.src)
+		t.part.Control = c.base()
+		t.part.SetControllen(sourceControl6Len)
+	} else if p.src != 0 {
 		binary.BigEndian.PutUint32(t.partCtl.info.Spec_dst[:], p.src)
 		t.part.Control = t.partCtl.base()
 		t.part.SetControllen(sourceControlLen)

@@ -1,9 +1,9 @@
 package usernet
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net"
+	"net/netip"
 
 	"golang.org/x/sys/unix"
 )
@@ -36,7 +36,7 @@ func (f *flow) setSource(a uint32) { f.sndMax = a }
 // tellAddress has a forward's socket say by which of the host's addresses a
 // datagram came.
 func (n *Net) tellAddress(fd int32) error {
-	if errno := setInt(fd, unix.SOL_IP, unix.IP_PKTINFO, 1); errno != 0 {
+	if errno := n.setIP(fd, unix.IP_PKTINFO, 1); errno != 0 {
 		return errno
 	}
 	var only uint32
@@ -47,8 +47,9 @@ func (n *Net) tellAddress(fd int32) error {
 		}
 		count := 0
 		for _, a := range addrs {
-			if p, ok := a.(*net.IPNet); ok && p.IP.To4() != nil && !p.IP.IsLoopback() {
-				only = binary.BigEndian.Uint32(p.IP.To4())
+			if p, ok := a.(*net.IPNet); ok && (p.IP.To4() != nil) == (n.six == nil) && !p.IP.IsLoopback() && (n.six == nil || p.IP.IsGlobalUnicast()) {
+				ip, _ := netip.AddrFromSlice(p.IP)
+				only = n.numberOf(ip.Unmap())
 				count++
 			}
 		}

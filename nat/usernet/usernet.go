@@ -37,7 +37,9 @@ type Config struct {
 	// Port is the guest's.
 	Port frame.PortID
 	// Guest is the guest's address, Gateway that of its gateway, both in
-	// Prefix. What the guest sends from elsewhere is Spoofed.
+	// Prefix. What the guest sends from elsewhere is Spoofed. Their family is
+	// that of the Net: a guest with both has two. That of IPv6 leaves frames of
+	// others alone, and comes first.
 	Guest, Gateway netip.Addr
 	Prefix         netip.Prefix
 	// MAC is the guest's hardware address, zero to learn it; GatewayMAC is the
@@ -69,6 +71,9 @@ type Config struct {
 	NetNS int
 	// MaxFlows bounds the flows of each worker; 0 is 131072.
 	MaxFlows int
+	// Beside is the guest's other family, whose descriptors this one shares;
+	// nil if there is none. It is closed after this one.
+	Beside *Net
 	// MaxSockets bounds the descriptors of all workers together; 0 is what the
 	// process may open, less some for others.
 	MaxSockets int
@@ -131,24 +136,30 @@ const (
 //
 // Process and the queues are the workers'; all else is safe for concurrent use.
 type Net struct {
-	conf     Config
-	log      *slog.Logger
-	guest    uint32
-	gateway  uint32
-	mask     uint32
-	gwMAC    uint64
-	mac      atomic.Uint64 // the guest's, 0 while it is not known
-	mss      uint16        // of the guest's link
-	policy   atomic.Pointer[Policy]
-	service  map[serviceKey]target
-	sockets  socketBudget
-	ns       netns
-	frags    fragTable
-	reverse  reverse       // of service
-	ids      atomic.Uint32 // of packets that go to the guest in fragments
-	workers  []*worker
-	forwards forwards // see listen.go
-	all      allPorts // see listen_all.go
+	conf    Config
+	log     *slog.Logger
+	guest   uint32
+	gateway uint32
+	mask    uint32
+	gwMAC   uint64
+	mac     atomic.Uint64 // the guest's, 0 while it is not known
+	mss     uint16        // of the guest's link
+	six     *six          // nil for IPv4; see six.go
+	// Of the family: how much of a frame's Head may be filled, how much of a
+	// received frame is not received into the guest's buffers, and the types of
+	// ICMP echo.
+	inHead, lent    int
+	echo, echoReply uint8
+	policy          atomic.Pointer[Policy]
+	service         map[serviceKey]target
+	sockets         *socketBudget // of Config.Beside too
+	ns              netns
+	frags           fragTable
+	reverse         reverse       // of service
+	ids             atomic.Uint32 // of packets that go to the guest in fragments
+	workers         []*worker
+	forwards        forwards // see listen.go
+	all             allPorts // see listen_all.go
 	// saidNoPing: the log has it that there are no ping sockets.
 	saidNoPing atomic.Bool
 	// noPeekOff says that the kernel knows no SO_PEEK_OFF for TCP.
@@ -169,7 +180,7 @@ type serviceKey struct {
 	port  uint16
 }
 
-// target is an address of the host's side. It leaves the place for IPv6.
+// target is an address of the host's side.
 type target struct {
 	addr [16]byte // IPv4 as ::ffff:a.b.c.d
 	port uint16
@@ -178,10 +189,10 @@ type target struct {
 // New makes a Net. Close it after the engine's workers have stopped.
 func New(c Config) (*Net, error) {
 	switch {
-	case !c.Guest.Is4() || !c.Gateway.Is4() || !c.Prefix.Contains(c.Guest) || !c.Prefix.Contains(c.Gateway):
+	case !c.Prefix.Contains(c.Guest) || !c.Prefix.Contains(c.Gateway):
 		return nil, fmt.Errorf("user network: guest %s and gateway %s are not both in %s", c.Guest, c.Gateway, c.Prefix)
-	case c.MTU < 576 || c.MTU > 65535:
-		return nil, fmt.Errorf("user network: MTU %d is not from 576 to 65535", c.MTU)
+	case c.MTU < leastLink(&c) || c.MTU > 65535:
+		return nil, fmt.Errorf("user network: MTU %d is not from %d to 65535", c.MTU, leastLink(&c))
 	case c.Workers < 1:
 		return nil, errors.New("user network: no worker")
 	}
@@ -193,19 +204,29 @@ func New(c Config) (*Net, error) {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	n := &Net{
-		conf: c, log: c.Log, guest: ip4(c.Guest), gateway: ip4(c.Gateway), mask: ^uint32(0) << (32 - c.Prefix.Bits()),
-		gwMAC: mac48(c.GatewayMAC[:]), mss: uint16(c.MTU - ip4Len - tcpLen),
-		service: map[serviceKey]target{}, listeners: map[Forward]*listener{},
+		conf: c, log: c.Log, gwMAC: mac48(c.GatewayMAC[:]), service: map[serviceKey]target{}, listeners: map[Forward]*listener{},
+		inHead: frame.HeadSize, lent: frame.VnetHdrMrgLen + headLen, echo: icmpEcho, echoReply: icmpEchoReply,
 	}
+	if c.Guest.Is4() {
+		n.guest, n.gateway, n.mask = ip4(c.Guest), ip4(c.Gateway), ^uint32(0)<<(32-c.Prefix.Bits())
+	} else {
+		n.beSix(&c)
+	}
+	n.mss = uint16(n.conf.MTU - ip4Len - tcpLen)
 	n.mac.Store(mac48(c.MAC[:]))
 	n.policy.Store(&c.Policy)
-	n.sockets.init(c.MaxSockets)
+	if n.sockets = new(socketBudget); c.Beside != nil {
+		n.sockets = c.Beside.sockets
+	} else {
+		n.sockets.init(c.MaxSockets)
+	}
 	for _, s := range c.Services {
-		n.service[serviceKey{s.Proto, ip4(s.Addr.Addr()), s.Addr.Port()}] = target{s.To.Addr().As16(), s.To.Port()}
+		if s.Addr.Addr().Is4() != c.Guest.Is4() || s.To.Addr().Is4() != c.Guest.Is4() {
+			return nil, fmt.Errorf("user network: service %s at %s: want %s addresses", s.Addr, s.To, n.familyName())
+		}
+		n.service[serviceKey{s.Proto, n.numberOf(s.Addr.Addr()), s.Addr.Port()}] = target{mapped(n.numberOf(s.To.Addr())), s.To.Port()}
 	}
-	if err := n.reverse.init(c.Services); err != nil {
-		return nil, fmt.Errorf("user network: %w", err)
-	}
+	n.reverse.init(n, c.Services)
 	if err := n.ns.open(c.NetNS); err != nil {
 		return nil, fmt.Errorf("user network: %w", err)
 	}
@@ -243,8 +264,14 @@ func (n *Net) SetPolicy(p Policy) { n.policy.Store(&p) }
 // Process implements engine.Stage for what the guest sends.
 func (n *Net) Process(b *frame.Batch) {
 	w := n.workers[b.Worker]
+	if n.six != nil {
+		n.sweep()
+	}
 	w.elsewhere = w.process(b, w.elsewhere[:0])
 	if len(w.elsewhere) > 0 {
+		if n.six != nil {
+			defer n.six.elsewhere.Add(-1)
+		}
 		n.processElsewhere(w, b, w.elsewhere)
 	}
 }
@@ -254,7 +281,7 @@ func (n *Net) Process(b *frame.Batch) {
 func (w *worker) process(b *frame.Batch, elsewhere []*frame.Frame) []*frame.Frame {
 	w.mu.Lock()
 	defer w.mu.Unlock() // also when memory of the guest's has gone away
-	w.begin(b.Now)
+	w.begin(b)
 	w.turn()
 	w.worked = true
 	for i, k := 0, b.Len(); i < k; i++ {
@@ -267,6 +294,9 @@ func (w *worker) process(b *frame.Batch, elsewhere []*frame.Frame) []*frame.Fram
 		}
 	}
 	w.finish(b)
+	if len(elsewhere) > 0 && w.six != nil {
+		w.net.six.elsewhere.Add(1) // their numbers are in no flow
+	}
 	return elsewhere
 }
 
@@ -298,7 +328,7 @@ func (n *Net) processElsewhere(w *worker, b *frame.Batch, fs []*frame.Frame) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.begin(b.Now)
+	w.begin(b)
 	for _, f := range fs {
 		if !w.known(b, f) {
 			w.unknown(b, f)
@@ -323,7 +353,7 @@ func anyDatagram(fs []*frame.Frame) bool {
 func (w *worker) foreign(b *frame.Batch, fs []*frame.Frame) (left []*frame.Frame) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.begin(b.Now)
+	w.begin(b)
 	w.guest = true
 	defer func() { w.guest = false }()
 	left = fs[:0]
@@ -405,25 +435,11 @@ func (w *worker) guestFrame(b *frame.Batch, f *frame.Frame) bool {
 		f.Drop(frame.BadSource)
 		return true
 	}
-	switch f.EtherType() {
-	case frame.TypeARP:
-		w.arp(b, f, src)
-		return true
-	case frame.TypeIPv4:
-	default:
-		f.Drop(frame.NotCarried)
-		return true
-	}
-	if r := f.ParseIPv4(); r != frame.ReasonNone {
-		f.Drop(r)
-		return true
-	}
-	if f.SrcIP4() != n.guest {
-		f.Drop(frame.Spoofed)
-		return true
-	}
-	if mac48(f.Dst()) != n.gwMAC {
-		f.Drop(frame.NotCarried) // to a group, or to nobody here
+	if n.six != nil {
+		if !w.fromSix(f) {
+			return true
+		}
+	} else if !w.fromFour(b, f, src) {
 		return true
 	}
 	if n.mac.Load() != src {
@@ -454,6 +470,33 @@ func (w *worker) guestFrame(b *frame.Batch, f *frame.Frame) bool {
 		return false
 	}
 	w.unknown(b, f)
+	return true
+}
+
+// fromFour looks at a frame where the guest has IPv4. It reports false if that
+// was all: it is no packet for the network beyond, and has its verdict.
+func (w *worker) fromFour(b *frame.Batch, f *frame.Frame, src uint64) bool {
+	switch f.EtherType() {
+	case frame.TypeARP:
+		w.arp(b, f, src)
+		return false
+	case frame.TypeIPv4:
+	default:
+		f.Drop(frame.NotCarried)
+		return false
+	}
+	if r := f.ParseIPv4(); r != frame.ReasonNone {
+		f.Drop(r)
+		return false
+	}
+	if f.SrcIP4() != w.net.guest {
+		f.Drop(frame.Spoofed)
+		return false
+	}
+	if mac48(f.Dst()) != w.net.gwMAC {
+		f.Drop(frame.NotCarried) // to a group, or to nobody here
+		return false
+	}
 	return true
 }
 
@@ -533,7 +576,7 @@ func (w *worker) martian(f *frame.Frame) frame.DropReason {
 // reports false for an address that is in the guest's own network and stands
 // for nothing.
 func (n *Net) resolve(proto uint8, addr uint32, port uint16) (t target, ok bool) {
-	if addr&n.mask != n.gateway&n.mask {
+	if n.outside(addr) {
 		return target{mapped(addr), port}, true
 	}
 	if t, ok := n.service[serviceKey{proto, addr, port}]; ok {

@@ -87,7 +87,7 @@ type worker struct {
 	rooms   []roomUse
 	msg     unix.Msghdr
 	iovs    [iovMax]unix.Iovec
-	addr    unix.RawSockaddrInet4
+	addr    sockAddr
 	udp     udpScratch
 	caught  flow // see toAnyPort
 	evs     [eventsMax]unix.EpollEvent
@@ -95,6 +95,7 @@ type worker struct {
 	scratch []byte           // see peekBehind
 	marks   map[int32]uint32 // see seeUrgent
 	queue   Queue
+	six     *sixWorker // nil for IPv4
 }
 
 // flowRef names a flow, which may have ended meanwhile.
@@ -116,6 +117,9 @@ type roomUse struct {
 func newWorker(n *Net, id int) (*worker, error) {
 	w := &worker{net: n, id: id, epfd: -1, timer: -1, out: outgoing{flow: none}}
 	w.queue.w = w
+	if n.six != nil {
+		w.six = new(sixWorker)
+	}
 	w.table.init(n.conf.MaxFlows)
 	w.wheel.init(&w.table, 0)
 	for _, p := range n.conf.Pairs {
@@ -175,8 +179,11 @@ const seenShift = 8
 func (w *worker) seen() uint16 { return uint16(w.tick >> seenShift) }
 
 // begin is called with the lock held before anything else is done in a batch.
-func (w *worker) begin(now int64) {
-	w.now, w.tick = now, uint32(now>>tickShift)
+func (w *worker) begin(b *frame.Batch) {
+	w.now, w.tick = b.Now, uint32(b.Now>>tickShift)
+	if w.six != nil {
+		w.six.from = b.Len()
+	}
 	w.out = outgoing{flow: none} // a fault may have ended the batch before
 	w.udp.begin(&w.table)
 }
@@ -187,6 +194,7 @@ func (w *worker) finish(b *frame.Batch) {
 	w.flush(b)
 	w.udpFlush(b)
 	w.settle(b)
+	w.dress(b)
 }
 
 // settle does what finish does, but for the data.
@@ -257,15 +265,21 @@ func (q *Queue) SetWatcher(w Watcher) error {
 // engine.Queue.
 func (q *Queue) Pull(b *frame.Batch) int {
 	w := q.w
+	if w.six != nil {
+		w.net.sweep()
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.begin(b.Now)
+	w.begin(b)
 	w.turn()
 	w.events(b)
 	w.timers(b)
 	w.pump(b)
-	w.finish(b)
+	w.flush(b)
+	w.udpFlush(b)
+	w.settle(b)
 	w.sendDelayed(b)
+	w.dress(b)
 	for i := range w.rooms {
 		r := &w.rooms[i]
 		if r.bufs != nil {

@@ -276,15 +276,29 @@ type arrived struct {
 	tcp   *layers.TCP
 	udp   *layers.UDP
 	icmp  *layers.ICMPv4
+	ip6   layers.IPv6
+	icmp6 *layers.ICMPv6
+	frag6 *layers.IPv6Fragment
 	// payload is that of the transport; of a fragment, all behind the IP header.
 	payload []byte
 }
 
-func (a arrived) src() netip.Addr { return netip.AddrFrom4([4]byte(a.data[26:30])) }
+func (a arrived) src() netip.Addr {
+	if a.isSix() {
+		return netip.AddrFrom16([16]byte(a.data[22:38]))
+	}
+	return netip.AddrFrom4([4]byte(a.data[26:30]))
+}
+
+func (a arrived) isSix() bool { return binary.BigEndian.Uint16(a.data[12:]) == frame.TypeIPv6 }
 
 // from is the address and port that a frame shows as its sender.
 func (a arrived) from() netip.AddrPort {
-	return netip.AddrPortFrom(a.src(), binary.BigEndian.Uint16(a.data[34:]))
+	at := l4
+	if a.isSix() {
+		at += sixMore
+	}
+	return netip.AddrPortFrom(a.src(), binary.BigEndian.Uint16(a.data[at:]))
 }
 
 // arrive checks a frame for the guest and decodes it as it is, or, of a GSO
@@ -312,6 +326,10 @@ func arrive(t testing.TB, f *frame.Frame) (as []arrived) {
 func decode(t testing.TB, b []byte, off frame.Offload, queue uint16) arrived {
 	t.Helper()
 	a := arrived{data: b, off: off, queue: queue}
+	if a.isSix() {
+		a.decode6(t)
+		return a
+	}
 	require.True(t, enginetest.ChecksumsOK(b), "checksum of %x", b)
 	if binary.BigEndian.Uint16(b[12:]) != frame.TypeIPv4 {
 		return a
@@ -341,6 +359,9 @@ func decode(t testing.TB, b []byte, off frame.Offload, queue uint16) arrived {
 
 // to is an IP header of the guest's, with DF as Linux sets it.
 func to(dst netip.Addr) enginetest.IP {
+	if dst.Is6() {
+		return enginetest.IP{Src: guestIP6, Dst: dst}
+	}
 	return enginetest.IP{Src: guestIP, Dst: dst, Frag: frame.DontFragment}
 }
 
@@ -351,6 +372,9 @@ func udpTo(sport uint16, dst netip.AddrPort, payload string) []byte {
 
 // echoTo is an echo request of the guest's.
 func echoTo(dst netip.Addr, id, seq uint16, payload string) []byte {
+	if dst.Is6() {
+		return enginetest.ICMPFrame(toRouter, to(dst), enginetest.ICMP{Type: icmp6Echo, Rest: uint32(id)<<16 | uint32(seq)}, []byte(payload))
+	}
 	return enginetest.ICMPFrame(toRouter, to(dst), enginetest.Echo(id, seq), []byte(payload))
 }
 
