@@ -34,10 +34,14 @@ func restoreCommand(_ context.Context, args []string, out, errw io.Writer) error
 			fmt.Fprintln(out, "nothing to put back"+in(ns))
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return bridgeError(err)
+	err := errors.Join(errs...)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, uplink.ErrPrivilege):
+		return cannot("%w: run as root", err)
 	}
-	return nil
+	return bridgeError(err)
 }
 
 func in(netns string) string {
