@@ -71,16 +71,21 @@ func (n *userNIC) flows(fn func(FlowStatus) bool) {
 }
 
 func (n *podNIC) flows(fn func(FlowStatus) bool) {
-	n.pod.nat.Flows(engine.Now(), func(i nat.FlowInfo) bool {
-		if i.Guest != n.index {
-			return true
-		}
-		return fn(FlowStatus{
+	more := true
+	show := func(i nat.FlowInfo) bool {
+		more = fn(FlowStatus{
 			Interface: n.name(), Protocol: ipProtocol(i.Proto), GuestAddr: i.GuestAddr, GuestPort: i.GuestPort, ExternalPort: i.ExternalPort,
 			Remote: i.Remote, RemotePort: i.RemotePort, Inbound: i.Inbound, State: i.State, Packets: &i.Packets, Bytes: i.Bytes,
 			Age: i.Age, Idle: i.Idle, Queue: i.Queue,
 		})
-	})
+		return more
+	}
+	if n.pod.nat != nil {
+		n.pod.nat.Flows(engine.Now(), func(i nat.FlowInfo) bool { return i.Guest != n.index || show(i) })
+	}
+	if n.six.router != nil && more {
+		n.pod.six.nat.Flows(engine.Now(), func(i nat.FlowInfo) bool { return i.Guest != n.six.index || show(i) })
+	}
 }
 
 func ipProtocol(p uint8) string {
@@ -91,6 +96,8 @@ func ipProtocol(p uint8) string {
 		return "UDP"
 	case frame.ProtoICMP:
 		return "ICMP"
+	case frame.ProtoICMPv6:
+		return "ICMPv6"
 	}
 	return strconv.Itoa(int(p))
 }

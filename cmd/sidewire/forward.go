@@ -69,14 +69,51 @@ func (n *podNIC) addForward(r forwardRequest, proto uint8) error {
 	if err := n.plain(r); err != nil {
 		return err
 	}
-	if err := n.pod.nat.AddForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port}); err != nil {
+	var done []publisher
+	undo := func(err error) error {
+		for _, t := range done {
+			err = errors.Join(err, t.remove(proto, r.Port))
+		}
 		return fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err)
 	}
+	for _, t := range n.translators() {
+		if err := t.add(proto, r.Port); err != nil {
+			return undo(err)
+		}
+		done = append(done, t)
+	}
 	if err := n.pod.host.AddPort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
-		undone := n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
-		return errors.Join(fmt.Errorf("forward %s port %d: %w", protoName(proto), r.Port, err), undone)
+		return undo(err)
 	}
 	return nil
+}
+
+// publisher is the NAT of one family, which has the guest at an index.
+type publisher struct {
+	nat interface {
+		AddForward(nat.Forward) error
+		RemoveForward(nat.Forward) error
+	}
+	guest int
+}
+
+func (t publisher) add(proto uint8, port uint16) error {
+	return t.nat.AddForward(nat.Forward{Guest: t.guest, Proto: proto, Port: port})
+}
+
+func (t publisher) remove(proto uint8, port uint16) error {
+	return t.nat.RemoveForward(nat.Forward{Guest: t.guest, Proto: proto, Port: port})
+}
+
+// translators are the NATs of the families that the guest has.
+func (n *podNIC) translators() (out []publisher) {
+	if n.pod.nat != nil {
+		out = append(out, publisher{n.pod.nat, n.index})
+	}
+	if n.six.router != nil {
+		out = append(out, publisher{n.pod.six.nat, n.six.index})
+	}
+	return out
 }
 
 func (n *podNIC) removeForward(r forwardRequest, proto uint8) error {
@@ -86,7 +123,11 @@ func (n *podNIC) removeForward(r forwardRequest, proto uint8) error {
 	if err := n.pod.host.RemovePort(n.index, uplink.Port{Proto: proto, Port: r.Port}); err != nil {
 		return err
 	}
-	return n.pod.nat.RemoveForward(nat.Forward{Guest: n.index, Proto: proto, Port: r.Port})
+	var errs []error
+	for _, t := range n.translators() {
+		errs = append(errs, t.remove(proto, r.Port))
+	}
+	return errors.Join(errs...)
 }
 
 // plain refuses what the packet path does not have: a port leads to the same

@@ -164,15 +164,17 @@ func (n *nic) leaseKey() string {
 	return namespace + "/" + n.name()
 }
 
-// resolve lets the guest's names be resolved by r, as the pod's are, and keeps
-// the guest's lease what lease says then.
-func (n *nic) resolve(ctx context.Context, s *server, r *resolver, lease func() dhcp.Config) {
-	ctx, cancel := context.WithCancel(ctx)
-	update := func() {
-		if err := n.dhcp.Update(lease()); err != nil {
-			s.log.Warn("the guest's lease stays as it was", "interface", n.name(), "err", err)
-		}
+// renew makes the guest's lease another one.
+func (n *nic) renew(s *server, c dhcp.Config) {
+	if err := n.dhcp.Update(c); err != nil {
+		s.log.Warn("the guest's lease stays as it was", "interface", n.name(), "err", err)
 	}
+}
+
+// resolve lets the guest's names be resolved by r, as the pod's are, and calls
+// update when what its lease says of them has changed.
+func (n *nic) resolve(ctx context.Context, s *server, r *resolver, update func()) {
+	ctx, cancel := context.WithCancel(ctx)
 	wait := r.run(ctx, func() {
 		update()
 		n.boot.again()
@@ -202,30 +204,44 @@ type podNIC struct {
 
 	dns *resolver
 	tap frame.PortID // from the guest to the pod's own processes
+	six podNIC6
 }
 
 // open makes the interface's device and its place in the engine. The pod's
 // host side is open; nothing is connected yet.
 func (n *podNIC) open(s *server, o *options) error {
 	var err error
-	n.dns, err = newResolver(o, relayPlace{
-		netns: n.pod.netns, at: netip.AddrPortFrom(n.gateway.Addr(), dnsPort), device: n.localTap().Name(),
-		allow: netip.PrefixFrom(n.guestIP, n.guestIP.BitLen()), shown: n.iface.Network.Gateway,
-	}, s.log.With("interface", n.name()))
-	if err != nil {
+	if n.dns, err = newResolver(o, n.relayPlace(), s.log.With("interface", n.name())); err != nil {
 		return err
 	}
 	if n.tap, err = s.engine.AddPort(n.name()+" pod", n.localTap()); err != nil {
 		return err
 	}
-	learn := func(m frame.MAC) { n.pod.nat.LearnMAC(n.index, m) }
-	if err := n.nic.open(s, o, n.pod.host.MTU(), 0, learn); err != nil {
+	if err := n.nic.open(s, o, n.pod.host.MTU(), 0, n.learn); err != nil {
 		return err
 	}
-	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
-		return inputError{err}
+	if n.pod.router != nil {
+		if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
+			return inputError{err}
+		}
+	}
+	if n.pod.six.router != nil && n.hasSix() {
+		if n.six.router, err = dhcp.New6(n.config6()); err != nil {
+			return inputError{err}
+		}
 	}
 	return nil
+}
+
+// relayPlace is at the gateway: its IPv4 address, unless the pod has none.
+func (n *podNIC) relayPlace() relayPlace {
+	net, p := n.iface.Network, relayPlace{netns: n.pod.netns, device: n.localTap().Name()}
+	if n.pod.router != nil {
+		p.at, p.shown, p.allow = netip.AddrPortFrom(n.gateway.Addr(), dnsPort), net.Gateway, netip.PrefixFrom(n.guestIP, n.guestIP.BitLen())
+	} else {
+		p.at, p.shown, p.allow = netip.AddrPortFrom(net.Gateway6, dnsPort), net.Gateway6, netip.PrefixFrom(net.Guest6, net.Guest6.BitLen())
+	}
+	return p
 }
 
 // localTap is the guest's way to the pod's own processes, and theirs to it.
@@ -234,8 +250,9 @@ func (n *podNIC) localTap() *uplink.Tap { return n.pod.host.Tap(n.index) }
 // wire gives stages and workers to the guest's ports.
 func (n *podNIC) wire(s *server) error {
 	e := s.engine
-	e.SetStages(n.port, n.dhcp, n.pod.nat.Outbound(n.index))
-	e.SetStages(n.tap, n.pod.nat.Local(n.index))
+	guest, tap := n.stages()
+	e.SetStages(n.port, guest...)
+	e.SetStages(n.tap, tap...)
 	if err := n.localTap().SetWatcher(e.Worker(0)); err != nil {
 		return err
 	}
@@ -246,7 +263,12 @@ func (n *podNIC) wire(s *server) error {
 
 // serve lets the frontend connect.
 func (n *podNIC) serve(ctx context.Context, s *server, o *options) error {
-	n.resolve(ctx, s, n.dns, func() dhcp.Config { return n.dhcpConfig(o) })
+	n.resolve(ctx, s, n.dns, func() {
+		if n.dhcp != nil {
+			n.renew(s, n.dhcpConfig(o))
+		}
+		n.update6(s)
+	})
 	if err := n.dns.missing(); err != nil {
 		return err
 	}
@@ -274,7 +296,7 @@ func (n *podNIC) dhcpConfig(o *options) dhcp.Config {
 		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
 		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: uplink.GatewayMAC,
 		DNS: servers, Search: resolv.SearchDomains(n.vm.Subdomain), MTU: n.pod.host.MTU(),
-		OnLease: func(m frame.MAC) { n.pod.nat.LearnMAC(n.index, m) },
+		OnLease: n.learn,
 	}
 	n.leaseOptions(&c, o)
 	return c

@@ -26,9 +26,10 @@ type pod struct {
 	host   *uplink.Pod
 	up     *uplink.Uplink
 	kernel *uplink.Kernel
-	router *uplink.Router
+	router *uplink.Router // nil without an IPv4 address, as nat
 	links  *uplink.Links
 	nat    *nat.Masquerade
+	six    pod6
 }
 
 // name is that of its guests.
@@ -87,10 +88,9 @@ func (p *pod) open(ctx context.Context, s *server, o *options, stopEngine func()
 	}
 	// The workers stop before anything of this is closed.
 	s.onStop(stopEngine)
-	if err := p.wire(s); err != nil {
+	if err := p.wire(ctx, s); err != nil {
 		return err
 	}
-	go p.nat.Run(ctx, engine.Now)
 	for _, n := range p.nics {
 		if err := n.serve(ctx, s, o); err != nil {
 			return err
@@ -104,7 +104,7 @@ func (p *pod) openHost(s *server) (err error) {
 	workers := s.engine.Workers()
 	c := uplink.TakeoverConfig{Link: p.link, Workers: workers}
 	for _, n := range p.nics {
-		c.Guests = append(c.Guests, uplink.Guest{Addr: n.guestIP, Gateway: n.gateway, Ports: uplinkPorts(n.iface.Ports)})
+		c.Guests = append(c.Guests, n.uplinkGuest())
 	}
 	if p.host, err = uplink.Takeover(c); err != nil {
 		return err
@@ -121,10 +121,15 @@ func (p *pod) openHost(s *server) (err error) {
 		return err
 	}
 	s.onStop(p.kernel.Close)
-	if p.router, err = uplink.NewRouter(p.link); err != nil {
+	if p.host.Addr().IsValid() {
+		if p.router, err = uplink.NewRouter(p.link); err != nil {
+			return err
+		}
+		s.onStop(func() error { p.router.Close(); return nil })
+	}
+	if err := p.open6(s); err != nil {
 		return err
 	}
-	s.onStop(func() error { p.router.Close(); return nil })
 	names := []string{p.link, p.host.Sink()}
 	for i := range p.nics {
 		names = append(names, p.host.Tap(i).Name())
@@ -156,7 +161,7 @@ func (p *pod) linkChanged(log *slog.Logger, l uplink.LinkStatus) {
 }
 
 // wire joins ports, stages and workers.
-func (p *pod) wire(s *server) error {
+func (p *pod) wire(ctx context.Context, s *server) error {
 	e := s.engine
 	up, err := e.AddPort(p.name()+" uplink", p.up)
 	if err != nil {
@@ -167,16 +172,16 @@ func (p *pod) wire(s *server) error {
 		return err
 	}
 	c := nat.Config{
-		Uplink: up, KernelPort: kernel, Router: p.router, Local: podAddrs{p.router}, External: ip4(p.host.Addr()),
+		Uplink: up, KernelPort: kernel,
 		PortRange: natRange(p.host.NAT()), KernelRange: natRange(p.host.KernelRange()), PortFree: p.host.PortFree,
 	}
-	for _, n := range p.nics {
-		c.Guests = append(c.Guests, n.guest())
-	}
-	if p.nat, err = nat.New(c); err != nil {
+	if err := p.wire6(ctx, c); err != nil {
 		return err
 	}
-	e.SetStages(up, p.nat.Inbound())
+	if err := p.wire4(ctx, c); err != nil {
+		return err
+	}
+	e.SetStages(up, p.inbound()...)
 	if p.up.Direct() {
 		p.up.Queues()[0].SetRoom(p.nics[0].device.Reserver(0).AnyQueue())
 	}
@@ -192,6 +197,22 @@ func (p *pod) wire(s *server) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// wire4 makes the NAT of IPv4.
+func (p *pod) wire4(ctx context.Context, c nat.Config) (err error) {
+	if p.router == nil {
+		return nil
+	}
+	c.Router, c.Local, c.External = p.router, podAddrs{p.router}, ip4(p.host.Addr())
+	for _, n := range p.nics {
+		c.Guests = append(c.Guests, n.guest())
+	}
+	if p.nat, err = nat.New(c); err != nil {
+		return err
+	}
+	go p.nat.Run(ctx, engine.Now)
 	return nil
 }
 

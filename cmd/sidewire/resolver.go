@@ -90,6 +90,12 @@ func (p *relayPlace) servers(conf dhcp.Resolv) (out []netip.Addr, relayed bool) 
 	if p.leased {
 		return []netip.Addr{p.shown}, true
 	}
+	if p.shown.Is6() {
+		if out = servers6(conf); len(out) == 0 {
+			return []netip.Addr{p.shown}, true
+		}
+		return out, false
+	}
 	relayed = conf.Relayed()
 	for _, a := range conf.DNS4(p.shown) {
 		if p.inside.IsValid() && p.inside.Contains(a) {
@@ -233,11 +239,11 @@ func (r *resolver) open(ctx context.Context, addr string) (udp *net.UDPConn, tcp
 		return unix.BindToDevice(fd, r.device)
 	})}
 	err = uplink.InNetNS(r.netns, func() error {
-		pc, err := c.ListenPacket(ctx, "udp4", addr)
+		pc, err := c.ListenPacket(ctx, "udp", addr)
 		if err != nil {
 			return err
 		}
-		l, err := c.Listen(ctx, "tcp4", addr)
+		l, err := c.Listen(ctx, "tcp", addr)
 		if err != nil {
 			pc.Close()
 			return err

@@ -63,6 +63,7 @@ type InterfaceStatus struct {
 	DHCP       dhcp.Stats          `json:"dhcp"`
 	DNS        ResolverStatus      `json:"dns,omitzero"`
 	NAT        *nat.Stats          `json:"nat,omitempty"`        // of the packet path
+	IPv6       *IPv6Status         `json:"ipv6,omitempty"`       // what the guest has of that
 	Sockets    *usernet.Stats      `json:"sockets,omitempty"`    // of the socket path
 	Policy     []string            `json:"policy,omitempty"`     // rules of the socket path, of which the first that fits decides
 	Handoff    *HandoffStatus      `json:"handoff,omitempty"`    // of a device of the kernel's: nothing comes by us
@@ -117,13 +118,16 @@ func (n *nic) status() InterfaceStatus {
 
 func (n *podNIC) status(s *server) InterfaceStatus {
 	st := n.nic.status()
-	nat := n.pod.nat.Stats()
 	if n.aliased {
 		st.Alias = &n.guestIP
 	}
 	st.Path, st.Link, st.Links, st.Pod, st.MTU = s.path, n.pod.link, n.pod.links.Status(), n.pod.host.Addr(), n.pod.host.MTU()
-	st.Guest, st.Gateway, st.MAC = n.iface.Network.Guest, n.iface.Network.Gateway, nat.Guests[n.index].MAC
-	st.DNS, st.NAT, st.Forwards = n.dns.status(), &nat, n.forwards()
+	if n.pod.nat != nil {
+		x := n.pod.nat.Stats()
+		st.Guest, st.Gateway, st.MAC, st.NAT = n.iface.Network.Guest, n.iface.Network.Gateway, x.Guests[n.index].MAC, &x
+	}
+	n.status6(&st)
+	st.DNS, st.Forwards = n.dns.status(), n.forwards()
 	return st
 }
 

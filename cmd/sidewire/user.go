@@ -123,7 +123,7 @@ func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine fu
 	if err := n.publish(s); err != nil {
 		return err
 	}
-	n.resolve(ctx, s, n.dns, func() dhcp.Config { return n.dhcpConfig(o) })
+	n.resolve(ctx, s, n.dns, func() { n.renew(s, n.dhcpConfig(o)) })
 	return n.listen(ctx, s)
 }
 

@@ -23,6 +23,9 @@ import (
 const (
 	OutsideIP = "10.244.1.1"
 	PodIP     = "10.244.1.5"
+	// OutsideIP6 and PodIP6 are there where the World has IPv6.
+	OutsideIP6 = "2001:db8:1::1"
+	PodIP6     = "2001:db8:1::5"
 	// OutsideName is the name that the outside's DNS server knows itself by.
 	OutsideName = "outside.example"
 	// TFTPName is that of the guide's TFTP server; it has the same address.
@@ -47,6 +50,8 @@ type World struct {
 type WorldOptions struct {
 	Name string // a prefix for the namespaces' names
 	MTU  int    // of the veth pair; 0 is 1500
+	IPv6 bool   // beside IPv4
+	Only bool   // IPv6 without IPv4
 }
 
 // NewWorld makes a World for a test.
@@ -98,14 +103,49 @@ func CreateWorld(o WorldOptions) (w *World, err error) {
 	if err = CreateVeth(w.Pod, "eth0", w.Outside, "veth0"); err != nil {
 		return w, err
 	}
-	err = errors.Join(
-		w.Pod.SetMTU("eth0", o.MTU), w.Outside.SetMTU("veth0", o.MTU),
-		w.Pod.Addr("eth0", PodIP+"/24"), w.Outside.Addr("veth0", OutsideIP+"/24"),
-		w.Pod.Route("default", OutsideIP), w.Pod.settle("eth0"), w.Outside.settle("veth0"))
-	if err != nil {
+	err = errors.Join(w.Pod.SetMTU("eth0", o.MTU), w.Outside.SetMTU("veth0", o.MTU), w.Outside.Addr("veth0", OutsideIP+"/24"))
+	if !o.Only {
+		err = errors.Join(err, w.Pod.Addr("eth0", PodIP+"/24"), w.Pod.Route("default", OutsideIP))
+	}
+	if o.IPv6 || o.Only {
+		err = errors.Join(err, w.addIPv6())
+	}
+	if err = errors.Join(err, w.Pod.settle("eth0"), w.Outside.settle("veth0")); err != nil {
 		return w, err
 	}
-	return w, w.serve()
+	return w, w.serve(o)
+}
+
+// addIPv6 gives pod and outside addresses of it.
+func (w *World) addIPv6() error {
+	err := errors.Join(w.Pod.Addr("eth0", PodIP6+"/64"), w.Outside.Addr("veth0", OutsideIP6+"/64"), w.Pod.Route("default", OutsideIP6))
+	if err != nil {
+		return err
+	}
+	conf := "nameserver " + OutsideIP6 + "\nsearch default.svc.cluster.local svc.cluster.local cluster.local\n"
+	return os.WriteFile(filepath.Join(w.dir, "resolv6.conf"), []byte(conf), 0o644)
+}
+
+// ResolvConf6 is a file that names the outside's DNS server by IPv6.
+func (w *World) ResolvConf6() string { return filepath.Join(w.dir, "resolv6.conf") }
+
+// serve6 lets the outside's servers be reached by IPv6 too.
+func (w *World) serve6(h http.Handler) error {
+	l, err := w.Outside.Listen("tcp6", net.JoinHostPort(OutsideIP6, strconv.Itoa(HTTPPort)))
+	if err != nil {
+		return fmt.Errorf("outside http: %w", err)
+	}
+	srv := &http.Server{Handler: h, ReadHeaderTimeout: 10 * time.Second}
+	go func() { _ = srv.Serve(l) }() // ends with Close
+	w.closers = append(w.closers, srv.Close)
+	pc, err := w.Outside.ListenPacket("udp6", net.JoinHostPort(OutsideIP6, "53"))
+	if err != nil {
+		return fmt.Errorf("outside dns: %w", err)
+	}
+	d := &dns.Server{PacketConn: pc, Handler: dns.HandlerFunc(answerDNS)}
+	go func() { _ = d.ActivateAndServe() }() // ends with the packet connection
+	w.closers = append(w.closers, pc.Close)
+	return nil
 }
 
 // Close takes everything down.
@@ -119,7 +159,12 @@ func (w *World) Close() error {
 }
 
 // serve starts the outside's servers.
-func (w *World) serve() error {
+func (w *World) serve(o WorldOptions) error {
+	if o.IPv6 || o.Only {
+		if err := w.serve6(Handler()); err != nil {
+			return err
+		}
+	}
 	l, err := w.Outside.Listen("tcp4", fmt.Sprintf("%s:%d", OutsideIP, HTTPPort))
 	if err != nil {
 		return fmt.Errorf("outside http: %w", err)
