@@ -98,7 +98,8 @@ func (s *server) giveOnce(ctx context.Context, o *options, vm vmi.VM) (*os.File,
 	if err != nil {
 		return nil, err
 	}
-	defer q.Close()
+	done := func() { q.Close() }
+	defer func() { done() }()
 	for _, n := range s.handoffs {
 		if err := n.giveTo(q, o, vm); err != nil {
 			n.setState(err.Error())
@@ -109,9 +110,13 @@ func (s *server) giveOnce(ctx context.Context, o *options, vm vmi.VM) (*os.File,
 	}
 	qemu := q.Peer()
 	if o.handoff.announce {
-		if err := announceAll(ctx, q, s.handoffs); err != nil && ctx.Err() == nil {
-			s.log.Error("guest is not announced", "err", err)
-		}
+		done = func() {} // the monitor is the announcement's from here on
+		go func() {
+			defer q.Close()
+			if err := announceAll(ctx, q, s.handoffs); err != nil && ctx.Err() == nil {
+				s.log.Error("guest is not announced", "err", err)
+			}
+		}()
 	}
 	if qemu < 0 {
 		return nil, errors.New("the kernel does not tell when this QEMU ends: a later one is not given anything")

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -213,12 +214,16 @@ func TestMacvtapRow77Row78ByMonitor(t *testing.T) {
 		})
 		return g
 	}
-	p := startSidewire(t, w, onMacvtap(2, "", dataplane), "--qmp", monitor)
+	p := startSidewire(t, w, onMacvtap(2, "", dataplane), "--qmp", monitor, "--announce")
 	assert.Equal(t, prepared, p.status().Interfaces[0].Handoff.State, "QEMU is not there yet")
 	assert.Empty(t, wire.from(guestMAC[:]), "silent before the handover (row 79)")
 	for range 2 {
+		wire.from(guestMAC[:]) // the one before filled the socket
 		g := start()
 		require.True(t, enginetest.Wait(20*time.Second, func() bool { return p.status().Interfaces[0].Handoff.State == handed }), "%s", p.log)
+		require.True(t, enginetest.Wait(10*time.Second, func() bool {
+			return slices.ContainsFunc(wire.from(guestMAC[:]), func(f []byte) bool { return f[12] == 0x80 && f[13] == 0x35 })
+		}), "no RARP: %s", p.log)
 		works(t, w, g.Agent, guestMAC[:])
 		g.Stop()
 		require.True(t, enginetest.Wait(20*time.Second, func() bool { return p.status().Interfaces[0].Handoff.State == prepared }), "%s", p.log)

@@ -60,6 +60,9 @@ func NewQMP(c *net.UnixConn) (*QMP, error) {
 	q := &QMP{c: c, r: bufio.NewScanner(c)}
 	q.r.Buffer(make([]byte, 0, 4096), maxQMPLine)
 	m, err := q.read(time.Now().Add(qmpPatience))
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = fmt.Errorf("no greeting within %v: a monitor talks to one at a time, so it may have somebody else; give QEMU one more with -qmp", qmpPatience)
+	}
 	if err == nil && m.Greeting == nil {
 		err = errors.New("no greeting: is it a monitor with mode=control?")
 	}
