@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,6 +36,25 @@ func newBootServer(name string) *bootServer {
 		return nil
 	}
 	return &bootServer{name: name, ask: make(chan struct{}, 1)}
+}
+
+// followBoot looks the name of the guest's TFTP server up as a process of the
+// namespace, for a guest whose names nobody else resolves here.
+func (n *nic) followBoot(ctx context.Context, s *server, o *options, netns string, update func()) {
+	log := s.log.With("interface", n.name())
+	r, err := newResolver(o, relayPlace{netns: netns, allow: netip.PrefixFrom(loopback, 32)}, log)
+	if err != nil {
+		log.Warn("the lease has no address of the TFTP server", "err", err)
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { n.boot.follow(ctx, r, update) })
+	s.onStop(func() error {
+		cancel()
+		wg.Wait()
+		return nil
+	})
 }
 
 // again has the name looked up again. It does not wait.

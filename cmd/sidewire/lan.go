@@ -78,6 +78,9 @@ func (l *lan) open(ctx context.Context, s *server, o *options, stopEngine func()
 	}
 	go l.sw.Run(ctx, engine.Now)
 	for _, n := range l.nics {
+		if n.boot != nil {
+			n.followBoot(ctx, s, o, l.netns, func() { n.renew(s, n.dhcpConfig(o)) })
+		}
 		if err := n.listen(ctx, s); err != nil {
 			return err
 		}
@@ -338,6 +341,16 @@ func (n *lanNIC) open(s *server, o *options) error {
 	if n.lan.cni {
 		return badInput("not supported yet: %s leases addresses, and %s has a link of its CNI's; remove ipam from the one or name another link with --uplink", n.nad().Key(), n.lan.name)
 	}
+	var err error
+	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
+		return inputError{err}
+	}
+	return nil
+}
+
+// dhcpConfig is what the guest is leased.
+func (n *lanNIC) dhcpConfig(o *options) dhcp.Config {
+	lease := n.iface.Network.Lease
 	c := dhcp.Config{
 		Port: n.port, MACs: []frame.MAC{n.mac()}, Address: lease.Address, ServerIP: lease.Gateway,
 		DNS: lease.DNS, Search: lease.Search, MTU: n.mtu(), Routes: leaseRoutes(lease), Alone: true,
@@ -346,11 +359,7 @@ func (n *lanNIC) open(s *server, o *options) error {
 		c.Router = lease.Gateway
 	}
 	n.leaseOptions(&c, o)
-	var err error
-	if n.dhcp, err = dhcp.New(c); err != nil {
-		return inputError{err}
-	}
-	return nil
+	return c
 }
 
 // leaseRoutes are the routes of option 121, the default one last. Where there

@@ -3,11 +3,13 @@ package main
 import (
 	"net"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv4/nclient4"
 	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -139,4 +141,28 @@ func serveDHCP(t *testing.T, ns *enginetest.NetNS, link string, with ...dhcpv4.M
 	}))
 	go func() { _ = s.Serve() }()
 	t.Cleanup(func() { s.Close() })
+}
+
+// A lease of a definition has the address of a TFTP server that is a name too, as
+// the namespace's resolvers know it.
+func TestRow31TFTPServerByNameOnASwitch(t *testing.T) {
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
+	vm := strings.Replace(onLAN("vm1", "blue", 1), "bridge: {}}", "bridge: {}, dhcpOptions: {tftpServerName: "+enginetest.TFTPName+", bootFileName: x}}", 1)
+	p := startLAN(t, vm+definition("blue", `{"type": "bridge", `+hostLocal+`}`), "--netns", w.Pod.Path, "--resolv-conf", w.ResolvConf)
+	enginetest.Eventually(t, soon, func() bool { return strings.Contains(p.log.String(), "address="+enginetest.OutsideIP) })
+	v := plugVM(t, p, "vm1", vhosttest.Options{})
+	got := make(chan *dhcpv4.DHCPv4, 1)
+	require.NoError(t, v.ns.Do(func() error {
+		c, err := nclient4.New("eth0")
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		offer, err := c.DiscoverOffer(t.Context())
+		got <- offer
+		return err
+	}))
+	offer := <-got
+	assert.Equal(t, enginetest.OutsideIP, offer.ServerIPAddr.String())
+	assert.Equal(t, enginetest.TFTPName, offer.TFTPServerName())
 }
