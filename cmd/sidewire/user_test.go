@@ -67,7 +67,9 @@ func prepareNobody(t *testing.T, w *enginetest.World, vmi string) *process {
 }
 
 // nobody is the program as that user, in the pod.
-func (p *process) nobody(w *enginetest.World, flags ...string) *exec.Cmd { return p.with(w, "", flags...) }
+func (p *process) nobody(w *enginetest.World, flags ...string) *exec.Cmd {
+	return p.with(w, "", flags...)
+}
 
 // with is the program as that user, with capabilities such as ",+net_admin".
 func (p *process) with(w *enginetest.World, caps string, flags ...string) *exec.Cmd {
