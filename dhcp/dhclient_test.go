@@ -112,7 +112,7 @@ func (c *client) run(args ...string) (string, error) {
 // The real client of many guests takes the lease, its kernel the address, its
 // resolv.conf the servers; it gives up an address of another network when it
 // hears NAK (#13601), renews, and releases.
-func TestDhclient(t *testing.T) {
+func TestDhclientRow30Row31Row32Row64_KubeVirt1778(t *testing.T) {
 	enginetest.Need(t, "dhclient", "netns", "tun", "ip")
 	cfg := full()
 	cfg.Now = nil

@@ -31,7 +31,7 @@ func full() Config {
 }
 
 // kubevirt.md, section 1.7: the bytes of every option.
-func TestKubeVirt17Options(t *testing.T) {
+func TestKubeVirt17OptionsRow30Row31Row32Row35Row64Row65(t *testing.T) {
 	want := map[uint8]string{
 		optMask:      "ffffff00",
 		optRouter:    "0a000201",
@@ -95,7 +95,7 @@ func TestKubeVirt17Header(t *testing.T) {
 }
 
 // kubevirt.md, section 1.2, point 7: the Calico example.
-func TestKubeVirt12CalicoRoutes(t *testing.T) {
+func TestKubeVirt12CalicoRoutesRow41(t *testing.T) {
 	c := masquerade()
 	c.Address = netip.MustParsePrefix("10.244.1.5/32")
 	c.Router = netip.MustParseAddr("169.254.1.1")
@@ -119,7 +119,7 @@ func TestRouteHostBits(t *testing.T) {
 
 // The example of KubeVirt's user guide: options 66 and 67 as given, and in the
 // header what iPXE needs to boot.
-func TestPXE(t *testing.T) {
+func TestPXERow29Row30Row31(t *testing.T) {
 	c := masquerade()
 	c.TFTPServerName, c.BootFileName = "10.0.2.1", "pxelinux.0"
 	a := newBench(t, c).mustAnswer(broadcastFrame(message(t, msgDiscover)), dhcpv4.MessageTypeOffer)
@@ -254,7 +254,7 @@ func TestEchoOverflow(t *testing.T) {
 }
 
 // RFC 3396: a value over 255 bytes is split, and the codec joins it again.
-func TestLongOption(t *testing.T) {
+func TestLongOptionRow64(t *testing.T) {
 	for _, n := range []int{1, 254, 255, 256, 510, 511, 700} {
 		c := Config{Address: netip.PrefixFrom(guestIP, 24), ServerIP: serverIP, Port: guestPort,
 			Private: []PrivateOption{{224, strings.Repeat("v", n)}}}
@@ -269,7 +269,7 @@ func TestLongOption(t *testing.T) {
 
 // kubevirt.md, section 1.7: a search list that cannot be sent as it is must not
 // end the server (#3187, #4541, #12615).
-func TestSearchDegrades(t *testing.T) {
+func TestSearchDegradesRow64(t *testing.T) {
 	var many []string
 	for i := range 30 {
 		many = append(many, fmt.Sprintf("team-%02d.a-rather-long-namespace.svc.cluster.local", i))

@@ -20,7 +20,7 @@ func addrList(s ...string) (as []netip.Addr) {
 }
 
 // kubevirt.md, section 1.7, options 6, 15 and 119.
-func TestResolvConf(t *testing.T) {
+func TestResolvConfRow64_KubeVirt1779(t *testing.T) {
 	for _, c := range []struct {
 		name, text string
 		dns4       []netip.Addr
@@ -54,7 +54,7 @@ func TestResolvConf(t *testing.T) {
 	}
 }
 
-func TestSubdomain(t *testing.T) {
+func TestSubdomainRow64(t *testing.T) {
 	pod := []string{"ns.svc.cluster.local", "svc.cluster.local", "cluster.local"}
 	for _, c := range []struct {
 		subdomain string

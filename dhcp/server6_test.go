@@ -109,7 +109,7 @@ func neighbourSolicit(src, target netip.Addr, options ...byte) []byte {
 
 // What a router says of itself, read by another library: address by DHCPv6, the
 // network on the link, MTU, resolvers and domains.
-func TestRFC4861Sec62Row61RouterAdvertisement(t *testing.T) {
+func TestRFC4861Sec62Row61Row63RouterAdvertisement(t *testing.T) {
 	n := newBench6(t, masquerade6())
 	p := n.answer(routerSolicit(guestLL, ndSourceLink, 1, 0x52, 0x54, 0, 0x12, 0x34, 0x56))
 	pk := gopacket.NewPacket(p, layers.LayerTypeEthernet, gopacket.Default)

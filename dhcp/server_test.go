@@ -59,7 +59,7 @@ func TestExchange(t *testing.T) {
 }
 
 // RFC 2131, section 4.3.2: what a REQUEST gets in each of the client's states.
-func TestRequestStates(t *testing.T) {
+func TestRequestStatesRow65(t *testing.T) {
 	foreign := []byte{192, 168, 1, 50}
 	otherServer := opt(optServerID, 10, 0, 2, 254)
 	ours := opt(optServerID, ip4(serverIP)...)
@@ -108,7 +108,7 @@ func TestRequestStates(t *testing.T) {
 }
 
 // RFC 2131, table 3: a NAK has no addresses and only what it must have.
-func TestNak(t *testing.T) {
+func TestNakRow65(t *testing.T) {
 	n := newBench(t, masquerade())
 	m := message(t, msgRequest, opt(optRequestedIP, 1, 2, 3, 4), opt(optClientID, 1, 2, 3))
 	a := n.mustAnswer(unicastFrame(m), dhcpv4.MessageTypeNak)

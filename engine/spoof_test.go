@@ -21,7 +21,7 @@ var (
 	ip6B   = netip.MustParseAddr("ff02::1")
 )
 
-func TestSwitchSpoofCheck(t *testing.T) {
+func TestSwitchSpoofCheckRow80(t *testing.T) {
 	for _, on := range []bool{false, true} {
 		b := newBed(t, SwitchConfig{})
 		b.port(SwitchPort{MAC: own, SpoofCheck: on})
@@ -90,7 +90,7 @@ func cat(bs ...[]byte) (out []byte) {
 	return out
 }
 
-func TestSwitchCheckARP(t *testing.T) {
+func TestSwitchCheckARPRow80(t *testing.T) {
 	e := enginetest.Eth{Dst: frame.Broadcast, Src: own}
 	arp := enginetest.ARPFrame(e, enginetest.ARPRequest, own, ip4A, frame.MAC{}, ip4B)
 	liar := enginetest.ARPFrame(e, enginetest.ARPReply, theirs, ip4B, own, ip4A)

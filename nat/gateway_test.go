@@ -24,7 +24,7 @@ func arp(op uint16, src, dst frame.MAC, senderMAC frame.MAC, sender, target uint
 	return packet{data: append([]byte(nil), b.Bytes()...)}
 }
 
-func TestARPForGateway(t *testing.T) {
+func TestARPForGatewayRow58(t *testing.T) {
 	for _, sender := range []uint32{guestIP, 0} {
 		w := newWorld(t)
 		w.queue = 3

@@ -61,7 +61,7 @@ func TestOutboundAndBack(t *testing.T) {
 	}
 }
 
-func TestForwardKeepsClient(t *testing.T) {
+func TestForwardKeepsClientRow54Row56(t *testing.T) {
 	w := newWorld(t, listed(Forward{Port: 80}, Forward{Port: 8080, GuestPort: 81}))
 	f := toPod(hostA, 1234, 80)
 	s := w.one(w.in(tcp(f, "S", 1, 0, "")), portGuest)

@@ -174,7 +174,7 @@ func TestRFC4787REQ12ICMPRemovesNothing(t *testing.T) {
 	w.one(w.in(udp(f.back(), "x")), portGuest)
 }
 
-func TestRFC4787REQ13TooBig(t *testing.T) {
+func TestRFC4787REQ13TooBigRow36(t *testing.T) {
 	w := newWorld(t)
 	w.router.hop.MTU = 1400
 	p := udp(fromGuestTo(2000, hostB, 53), string(make([]byte, 1400)))

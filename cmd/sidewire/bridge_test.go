@@ -51,7 +51,7 @@ func isPutBack(t *testing.T, ns *enginetest.NetNS, before map[string]string) {
 // The pod's address, mask, router, resolvers, MTU and hardware address are the
 // guest's: dhclient gets them, and TCP with checksums crosses in both directions,
 // on two queue pairs. In the end the pod has everything back.
-func TestBridgeRow22Row36Row38Row39Row84PodAddressByDHCP(t *testing.T) {
+func TestBridgeRow14Row22Row35Row36Row38Row39Row84PodAddressByDHCP(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1450})
 	before := footprint(t, w.Pod)
 	own := linkMAC(t, w.Pod, "eth0")

@@ -183,7 +183,7 @@ func answered(t *testing.T, g *vhosttest.Guest, asked []question) (out []questio
 
 // KubeVirt's test of the MAC spoof check: a guest is heard with its own
 // address, not with another, and again with its own. Off means off.
-func TestSpoofCheck_KubeVirt(t *testing.T) {
+func TestSpoofCheckRow80_KubeVirt(t *testing.T) {
 	for _, check := range []bool{true, false} {
 		t.Run(fmt.Sprint(check), func(t *testing.T) {
 			docs := onLAN("vm1", "blue", 1) + onLAN("vm2", "blue", 1) +
@@ -300,7 +300,7 @@ func hears(t *testing.T, from, to *vhosttest.Guest, b []byte) bool {
 
 // Annotations let LLDP pass and have the senders in ARP checked; without them
 // neither is done.
-func TestAnnotationsOfADefinition(t *testing.T) {
+func TestAnnotationsOfADefinitionRow80(t *testing.T) {
 	for _, asked := range []bool{false, true} {
 		annotations := map[bool]string{false: "", true: `, annotations: {sidewire/link-local: "true", sidewire/check-arp: "true"}`}[asked]
 		nad := strings.Replace(definition("blue", `{"type": "bridge", "macspoofchk": true}`), "{name: blue}", "{name: blue"+annotations+"}", 1)

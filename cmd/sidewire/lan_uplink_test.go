@@ -84,7 +84,7 @@ func TestUplink(t *testing.T) {
 // The guide's example as it stands: a VMI on the pod network and on VLAN 100 of
 // an Open vSwitch bridge. Its frames are tagged on the uplink; behind it are
 // guests of another sidewire, in VLAN 100 and in VLAN 200.
-func TestGuideVLAN100(t *testing.T) {
+func TestGuideVLAN100Row6(t *testing.T) {
 	enginetest.Need(t, "root", "netns", "tun", "nft", "ip", "ping", "curl", "dhclient")
 	const vmFile, nadFile = "../../engine/vmi/testdata/guide/03-ovs-vm.yaml", "../../engine/vmi/testdata/guide/02-ovs-nad.yaml"
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})

@@ -15,7 +15,7 @@ import (
 
 // A guest that is not ours in any part (Linux's stack, dhclient, ping, dig,
 // curl) gets on the network.
-func TestGuestGetsOnTheNetwork(t *testing.T) {
+func TestRow4Row17Row53GuestGetsOnTheNetwork(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "curl", "dig", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startSidewire(t, w, spec("vm", 1))

@@ -37,7 +37,7 @@ func TestClientMode(t *testing.T) {
 
 // KubeVirt 1780: leading zeros in vmNetworkCIDR are read as decimal, and the
 // guest lives in that network.
-func TestOwnNetwork_KubeVirt1780(t *testing.T) {
+func TestOwnNetworkRow59_KubeVirt1780(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "curl", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startSidewire(t, w, strings.Replace(spec("vm", 1), "pod: {}", `pod: {vmNetworkCIDR: "10.10.010.0/24"}`, 1))

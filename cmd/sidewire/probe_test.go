@@ -53,7 +53,7 @@ func runProbes(t *testing.T, probes []probe) {
 }
 
 // The table of kubevirt.md 1.1, row by row.
-func TestKubeVirt11Table(t *testing.T) {
+func TestKubeVirt11TableRow17Row24Row25Row54Row55Row56Row57(t *testing.T) {
 	runProbes(t, []probe{
 		{"outside to pod 80 tcp", func(s *scene) string { return s.tcp(s.Outside, "10.244.1.5:80") },
 			"vm, peer 10.244.1.1", ""},
@@ -85,7 +85,7 @@ func TestKubeVirt11Table(t *testing.T) {
 }
 
 // More of the same: UDP, clients, the pod's own flows.
-func TestKubeVirt11Flows(t *testing.T) {
+func TestKubeVirt11FlowsRow54Row55Row56(t *testing.T) {
 	runProbes(t, []probe{
 		{"outside to pod 4444 udp", func(s *scene) string { return s.udp(s.Outside, "10.244.1.5:4444") },
 			"refused by vm", "refused by pod"},
@@ -152,7 +152,7 @@ func TestKubeVirt11PortsOfTheRange(t *testing.T) {
 }
 
 // What ICMP and fragments do.
-func TestKubeVirt11ICMP(t *testing.T) {
+func TestKubeVirt11ICMPRow36Row55(t *testing.T) {
 	runProbes(t, []probe{
 		{"guest to gateway", func(s *scene) string { return s.ping(s.guest, "10.0.2.1") },
 			"pod replies", ""},
@@ -227,7 +227,7 @@ func sctpInit() []byte {
 }
 
 // Every IP protocol passes, and comes back where it began.
-func TestKubeVirt11OtherProtocols(t *testing.T) {
+func TestKubeVirt11OtherProtocolsRow55(t *testing.T) {
 	payload := bytes.Repeat([]byte("sidewire"), 8)
 	there := func(proto int, payload []byte) func(s *scene) string {
 		return func(s *scene) string { return s.raw(proto, s.Outside, "10.244.1.5", s.guest, payload) }

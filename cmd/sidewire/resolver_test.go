@@ -92,7 +92,7 @@ func (v *vm) dig(args ...string) string {
 // A resolver on the pod's loopback is the gateway to the guest, which forwards
 // to it over UDP and TCP, whatever ports are published, and also past a
 // resolver that is dead.
-func TestLoopbackResolverIsTheGateway(t *testing.T) {
+func TestLoopbackResolverIsTheGatewayRow64(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "dig")
 	const answer = "192.0.2.53"
 	for name, c := range map[string]struct {

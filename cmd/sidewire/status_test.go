@@ -18,7 +18,7 @@ import (
 
 // Status has KubeVirt's fields of an interface, and what a queue pair costs.
 // The guest's address is the spec's, or the one that it was seen with.
-func TestStatusOfAnInterface(t *testing.T) {
+func TestStatusOfAnInterfaceRow68Row84(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft", "dhclient", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startSidewire(t, w, strings.Replace(spec("vm", 2), "        macAddress: "+guestMAC.String()+"\n", "", 1))

@@ -100,7 +100,7 @@ func pings(t *testing.T, w *enginetest.World) {
 
 // A slirp guest has QEMU's addresses and names, reaches what QEMU lets it
 // reach, and is reached by its listed ports, with no privilege at all.
-func TestSlirp(t *testing.T) {
+func TestSlirpRow15Row24Row47Row48Row49Row50(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "dhclient", "curl", "dig", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	pings(t, w)
@@ -111,6 +111,7 @@ func TestSlirp(t *testing.T) {
 	leased, err := os.ReadFile(filepath.Join(v.dir, "resolv.conf"))
 	require.NoError(t, err)
 	assert.Contains(t, string(leased), "nameserver 10.0.2.3")
+	assert.Contains(t, string(leased), "search default.svc.cluster.local", "option 119, as QEMU's dnssearch")
 	v.run("ping", "-c", "1", "-W", "5", "10.0.2.2")
 	_, err = v.try("ping", "-c", "1", "-W", "1", enginetest.OutsideIP)
 	assert.Error(t, err, "ICMP beyond the gateway is not supported")
@@ -153,7 +154,7 @@ func (v *vm) reached(w *enginetest.World, port, from string) {
 
 // Without privileges masquerade takes the socket path, with KubeVirt's
 // addresses, and clients keep theirs.
-func TestMasqueradeOnSockets(t *testing.T) {
+func TestMasqueradeOnSocketsRow35Row56Row57Row58(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "dhclient", "curl", "dig", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1400})
 	pings(t, w)
@@ -347,7 +348,7 @@ func TestSocketFlags(t *testing.T) {
 
 // The other commands know slirp too: an e1000 on a stream unless the VMI says
 // otherwise.
-func TestSlirpCommands(t *testing.T) {
+func TestSlirpCommandsRow51(t *testing.T) {
 	assert.Equal(t, outcome{}, sidewire(t, "validate", "-f", "../../engine/vmi/testdata/guide/11-slirp.yaml"))
 	args := func(vmi string) []string {
 		o := sidewire(t, "qemu-args", "-f", writeFile(t, "vmi.yaml", vmi), "--socket-dir", "/x", "--mtu", "9000")

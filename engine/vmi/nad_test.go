@@ -422,7 +422,7 @@ func TestLinkNames(t *testing.T) {
 }
 
 // The guide's VLAN 100 as it stands, the definition in its own file and the VMI in another.
-func TestGuideVLAN100(t *testing.T) {
+func TestGuideVLAN100Row6(t *testing.T) {
 	docs, err := Load("testdata/guide/03-ovs-vm.yaml", "testdata/guide/02-ovs-nad.yaml")
 	require.NoError(t, err)
 	assert.Empty(t, append(Validate(docs, Options{}), Unsupported(docs)...))

@@ -21,7 +21,7 @@ func planOne(t *testing.T, yaml string) VM {
 	return vms[0]
 }
 
-func TestPlan(t *testing.T) {
+func TestPlanRow4Row21Row27Row32(t *testing.T) {
 	vm := planOne(t, `
 kind: VirtualMachine
 metadata: {name: web.shop, namespace: prod}
@@ -103,7 +103,7 @@ func TestVCPUs(t *testing.T) {
 }
 
 // Multiqueue is for virtio only and stops at 128 pairs.
-func TestQueuePairs(t *testing.T) {
+func TestQueuePairsRow66(t *testing.T) {
 	one := func(model string, cpus string) int {
 		return planOne(t, "kind: VM\nspec: {domain: {cpu: {cores: "+cpus+"}, devices: {networkInterfaceMultiqueue: true, interfaces: [{name: a, masquerade: {}, model: "+model+"}]}}, networks: [{name: a, pod: {}}]}").Interfaces[0].QueuePairs
 	}
@@ -113,7 +113,7 @@ func TestQueuePairs(t *testing.T) {
 }
 
 // Slirp's addresses are those of QEMU's user networking, in any network that a guest may have.
-func TestSlirpAddresses(t *testing.T) {
+func TestSlirpAddressesRow47(t *testing.T) {
 	for cidr, want := range map[string]string{
 		"":                "10.0.2.15 10.0.2.2 10.0.2.3",
 		"192.168.76.0/24": "192.168.76.15 192.168.76.2 192.168.76.3",
@@ -130,7 +130,7 @@ func TestSlirpAddresses(t *testing.T) {
 }
 
 // The NIC of a slirp interface is an e1000 unless the VMI says otherwise.
-func TestSlirpModel(t *testing.T) {
+func TestSlirpModelRow51(t *testing.T) {
 	for model, want := range map[string]string{"": "e1000", "virtio": "virtio", "rtl8139": "rtl8139"} {
 		i := planOne(t, "kind: VM\nspec: {domain: {devices: {interfaces: [{name: a, slirp: {}, model: '"+model+"'}]}}, networks: [{name: a, pod: {}}]}").Interfaces[0]
 		assert.Equal(t, want, i.Model)
@@ -152,11 +152,11 @@ func TestQuantity(t *testing.T) {
 	}
 }
 
-func TestLinkName(t *testing.T) {
+func TestLinkNameRow5(t *testing.T) {
 	assert.Equal(t, "pod72ad293a5c9", linkName("linux-bridge"), "KubeVirt's own vector")
 }
 
-func TestCIDR(t *testing.T) {
+func TestCIDRRow59(t *testing.T) {
 	for s, want := range map[string]string{
 		"": "10.0.2.1 10.0.2.2", "10.10.010.0/24": "10.10.10.1 10.10.10.2", "192.168.1.77/30": "192.168.1.77 192.168.1.78",
 		"172.16.255.255/12": "172.16.0.1 172.16.0.2",

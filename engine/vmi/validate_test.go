@@ -75,31 +75,31 @@ func TestValidate(t *testing.T) {
 		want       []string
 	}{
 		{"sound", spec("", ""), Options{}, nil},
-		{"V1", vmi("interfaces:\n"+item(masqA), "networks: []"), Options{}, []string{
+		{"V1 Row1", vmi("interfaces:\n"+item(masqA), "networks: []"), Options{}, []string{
 			i0 + ".name: Masquerade interface only implemented with pod network",
 			i0 + ".name: " + i0 + ".name 'a' not found."}},
-		{"V1 template", strings.ReplaceAll("kind: VirtualMachine\nmetadata: {name: v}\nspec: {running: true, template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}}}}", "\t", ""), Options{}, []string{
+		{"V1 template Row1", strings.ReplaceAll("kind: VirtualMachine\nmetadata: {name: v}\nspec: {running: true, template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}}}}", "\t", ""), Options{}, []string{
 			"spec.template.spec.domain.devices.interfaces[0].name: Masquerade interface only implemented with pod network",
 			"spec.template.spec.domain.devices.interfaces[0].name: spec.template.spec.domain.devices.interfaces[0].name 'a' not found."}},
-		{"V2", vmi("interfaces:\n"+item(masqA), "networks:\n"+item(mulB)+item(podA)), Options{}, []string{
+		{"V2 Row1", vmi("interfaces:\n"+item(masqA), "networks:\n"+item(mulB)+item(podA)), Options{}, []string{
 			"spec.networks[0].name: spec.networks[0].name 'b' not found."}},
-		{"V3", two(masqA, briB, podA, "name: a\nmultus: {networkName: n}"), Options{}, []string{
+		{"V3 Row2", two(masqA, briB, podA, "name: a\nmultus: {networkName: n}"), Options{}, []string{
 			i0 + ".name: Masquerade interface only implemented with pod network",
 			`spec.networks[1].name: Network with name "a" already exists, every network must have a unique name`,
 			i1 + ".name: " + i1 + ".name 'b' not found."}},
-		{"V4", vmi("interfaces:\n"+item(masqA)+item(masqA), "networks:\n"+item(podA)), Options{}, []string{
+		{"V4 Row2", vmi("interfaces:\n"+item(masqA)+item(masqA), "networks:\n"+item(podA)), Options{}, []string{
 			i1 + ".name: Only one interface can be connected to one specific network"}},
 		{"V5", two(masqA, "name: b\nmasquerade: {}", podA, "name: b\npod: {}"), Options{}, []string{
 			"spec.interfaces: more than one interface is connected to a pod network in spec.interfaces"}},
 		{"V6", two("name: a\nbridge: {}", briB, "name: a\nmultus: {networkName: n, default: true}", "name: b\nmultus: {networkName: n, default: true}"), Options{}, []string{
 			"spec.networks: Multus CNI should only have one default network"}},
-		{"V7", two(masqA, briB, podA, "name: b\nmultus: {networkName: n, default: true}"), Options{}, []string{
+		{"V7 Row9", two(masqA, briB, podA, "name: b\nmultus: {networkName: n, default: true}"), Options{}, []string{
 			"spec.networks: Pod network cannot be defined when Multus default network is defined"}},
-		{"V8", spec("name: a\nbridge: {}", "name: a"), Options{}, []string{
+		{"V8 Row3", spec("name: a\nbridge: {}", "name: a"), Options{}, []string{
 			"spec.networks[0]: should have a network type"}},
-		{"V8 null", spec("name: a\nbridge: {}", "name: a\npod:"), Options{}, []string{
+		{"V8 null Row3", spec("name: a\nbridge: {}", "name: a\npod:"), Options{}, []string{
 			"spec.networks[0]: should have a network type"}},
-		{"V9", spec("", "name: a\npod: {}\nmultus: {networkName: n}"), Options{}, []string{
+		{"V9 Row3", spec("", "name: a\npod: {}\nmultus: {networkName: n}"), Options{}, []string{
 			"spec.networks[0]: should have only one network type"}},
 		{"V10 first only", two("name: a\nbridge: {}", briB, "name: a\nmultus: {}", "name: b\nmultus: {}"), Options{}, []string{
 			"spec.networks[0]: CNI delegating plugin must have a networkName"}},
@@ -107,45 +107,45 @@ func TestValidate(t *testing.T) {
 			i0 + ": logical a interface must have exactly one binding method or binding plugin"}},
 		{"V11 two", spec("name: a\nmasquerade: {}\nbridge: {}", ""), Options{}, []string{
 			i0 + ": logical a interface must have exactly one binding method or binding plugin"}},
-		{"V12", spec("", mulA), Options{}, []string{
+		{"V12 Row8 Row60", spec("", mulA), Options{}, []string{
 			i0 + ".name: Masquerade interface only implemented with pod network"}},
-		{"V13", spec(masqA+"\nmacAddress: 02:00:00:00:00:00", ""), Options{}, []string{
+		{"V13 Row58", spec(masqA+"\nmacAddress: 02:00:00:00:00:00", ""), Options{}, []string{
 			i0 + ".macAddress: The requested MAC address is reserved for the in-pod bridge. Please choose another one."}},
-		{"V13 own: other spelling", spec(masqA+"\nmacAddress: 0200.0000.0000", ""), Options{}, []string{
+		{"V13 own: other spelling Row58", spec(masqA+"\nmacAddress: 0200.0000.0000", ""), Options{}, []string{
 			i0 + ".macAddress: The requested MAC address is reserved for the in-pod bridge. Please choose another one."}},
-		{"V14", spec("name: a\nbridge: {}", ""), Options{ForbidBridge: true}, []string{
+		{"V14 Row45", spec("name: a\nbridge: {}", ""), Options{ForbidBridge: true}, []string{
 			i0 + ".name: Bridge on pod network configuration is not enabled under kubevirt-config"}},
-		{"V14 by the cluster's CR", spec("name: a\nbridge: {}", "") +
+		{"V14 by the cluster's CR Row45", spec("name: a\nbridge: {}", "") +
 			"---\nkind: KubeVirt\nspec: {configuration: {network: {permitBridgeInterfaceOnPodNetwork: false}}}", Options{}, []string{
 			i0 + ".name: Bridge on pod network configuration is not enabled under kubevirt-config"}},
 		{"V20", spec("name: a.b\nmasquerade: {}", "name: a.b\npod: {}"), Options{}, []string{
 			i0 + ".name: Network interface name can only contain alphabetical characters, numbers, dashes (-) or underscores (_)"}},
-		{"V21", spec(masqA+"\nmodel: vmxnet3", ""), Options{}, []string{
+		{"V21 Row20", spec(masqA+"\nmodel: vmxnet3", ""), Options{}, []string{
 			i0 + ".model: interface " + i0 + ".name uses model vmxnet3 that is not supported."}},
-		{"V22", spec(masqA+"\nmacAddress: zz:00:00:00:00:00", ""), Options{}, []string{
+		{"V22 Row21", spec(masqA+"\nmacAddress: zz:00:00:00:00:00", ""), Options{}, []string{
 			i0 + ".macAddress: interface " + i0 + ".name has malformed MAC address (zz:00:00:00:00:00)."}},
-		{"V22 dash", spec(masqA+"\nmacAddress: DE-AD-00-00-BE-AF", ""), Options{}, nil},
-		{"V23", spec(masqA+"\nmacAddress: 02:00:00:00:00:01:02:03", ""), Options{}, []string{
+		{"V22 dash Row21", spec(masqA+"\nmacAddress: DE-AD-00-00-BE-AF", ""), Options{}, nil},
+		{"V23 Row21", spec(masqA+"\nmacAddress: 02:00:00:00:00:01:02:03", ""), Options{}, []string{
 			i0 + ".macAddress: interface " + i0 + ".name has too long MAC address (02:00:00:00:00:01:02:03)."}},
-		{"V24", spec(masqA+"\npciAddress: 81:00.1", ""), Options{}, []string{
+		{"V24 Row27", spec(masqA+"\npciAddress: 81:00.1", ""), Options{}, []string{
 			i0 + ".pciAddress: interface " + i0 + ".name has malformed PCI address (81:00.1)."}},
-		{"V25", spec(masqA+"\nports: [{name: x}]", ""), Options{}, []string{
+		{"V25 Row26", spec(masqA+"\nports: [{name: x}]", ""), Options{}, []string{
 			i0 + ".ports[0].port: Port field is mandatory."}},
-		{"V26 above", spec(masqA+"\nports: [{port: 80}, {port: 65536}]", ""), Options{}, []string{
+		{"V26 above Row26", spec(masqA+"\nports: [{port: 80}, {port: 65536}]", ""), Options{}, []string{
 			i0 + ".ports[1].port: Port field must be in range 0 < x < 65536."}},
-		{"V26 below", spec(masqA+"\nports: [{port: -1}]", ""), Options{}, []string{
+		{"V26 below Row26", spec(masqA+"\nports: [{port: -1}]", ""), Options{}, []string{
 			i0 + ".ports[0].port: Port field must be in range 0 < x < 65536."}},
-		{"V27", spec(masqA+"\nports: [{port: 80, protocol: tcp}]", ""), Options{}, []string{
+		{"V27 Row26", spec(masqA+"\nports: [{port: 80, protocol: tcp}]", ""), Options{}, []string{
 			i0 + ".ports[0].protocol: Unknown protocol, only TCP or UDP allowed"}},
-		{"V28", spec(masqA+"\nports: [{port: 80, name: http}, {port: 81, name: http}]", ""), Options{}, []string{
+		{"V28 Row26", spec(masqA+"\nports: [{port: 80, name: http}, {port: 81, name: http}]", ""), Options{}, []string{
 			i0 + ".ports[1].name: Duplicate name of the port: http"}},
-		{"V29", spec(masqA+"\nports: [{port: 80, name: 'Bad_Name!'}]", ""), Options{}, []string{
+		{"V29 Row26", spec(masqA+"\nports: [{port: 80, name: 'Bad_Name!'}]", ""), Options{}, []string{
 			i0 + ".ports[0].name: Invalid name of the port: Bad_Name!"}},
-		{"V36", spec(masqA+"\ndhcpOptions: {privateOptions: [{option: 223, value: x}]}", ""), Options{}, []string{
+		{"V36 Row32", spec(masqA+"\ndhcpOptions: {privateOptions: [{option: 223, value: x}]}", ""), Options{}, []string{
 			"spec: provided DHCPPrivateOptions are out of range, must be in range 224 to 254"}},
-		{"V37", spec(masqA+"\ndhcpOptions: {privateOptions: [{option: 240, value: x}, {option: 240, value: y}]}", ""), Options{}, []string{
+		{"V37 Row32", spec(masqA+"\ndhcpOptions: {privateOptions: [{option: 240, value: x}, {option: 240, value: y}]}", ""), Options{}, []string{
 			"spec: Found Duplicates: you have provided duplicate DHCPPrivateOptions"}},
-		{"V38", spec(masqA+"\ndhcpOptions: {ntpServers: [0127.0.0.3, ntp.example.com, '::1']}", ""), Options{}, []string{
+		{"V38 Row32", spec(masqA+"\ndhcpOptions: {ntpServers: [0127.0.0.3, ntp.example.com, '::1']}", ""), Options{}, []string{
 			i0 + ".dhcpOptions.ntpServers[1]: NTP servers must be a list of valid IPv4 addresses.",
 			i0 + ".dhcpOptions.ntpServers[2]: NTP servers must be a list of valid IPv4 addresses."}},
 		{"V39", spec(masqA+"\nstate: foo", ""), Options{}, []string{
@@ -155,25 +155,25 @@ func TestValidate(t *testing.T) {
 		{"V41 V42", spec(masqA+"\nstate: absent", ""), Options{}, []string{
 			i0 + `.state: "a" interface's state "absent" is supported only for bridge binding`,
 			i0 + `.state: "a" interface's state "absent" is not supported on default networks`}},
-		{"V43", spec(masqA+"\nbootOrder: 0", ""), Options{}, []string{
+		{"V43 Row28", spec(masqA+"\nbootOrder: 0", ""), Options{}, []string{
 			"spec[0].bootOrder: spec[0] must have a boot order > 0, if supplied"}},
-		{"V44", two(masqA+"\nbootOrder: 1", briB+"\nbootOrder: 1", podA, mulB), Options{}, []string{
+		{"V44 Row28", two(masqA+"\nbootOrder: 1", briB+"\nbootOrder: 1", podA, mulB), Options{}, []string{
 			i1 + ".bootOrder: Boot order for " + i1 + ".bootOrder already set for a different device."}},
-		{"V44 disk", vmi("disks: [{name: d, bootOrder: 1}]\ninterfaces:\n"+item(masqA+"\nbootOrder: 1"), "networks:\n"+item(podA)), Options{}, []string{
+		{"V44 disk Row28", vmi("disks: [{name: d, bootOrder: 1}]\ninterfaces:\n"+item(masqA+"\nbootOrder: 1"), "networks:\n"+item(podA)), Options{}, []string{
 			i0 + ".bootOrder: Boot order for " + i0 + ".bootOrder already set for a different device."}},
 		{"V48", vmi("interfaces: ["+strings.Repeat("{name: a, masquerade: {}},", 257)+"]", "networks:\n"+item(podA)), Options{}, append([]string{
 			"spec.domain.devices.interfaces: spec.domain.devices.interfaces list exceeds the 256 element limit in length"},
 			manyV4()...)},
-		{"seed slirp 1", spec("name: a\nslirp: {}", mulA), Options{}, []string{
+		{"seed slirp 1 Row52", spec("name: a\nslirp: {}", mulA), Options{}, []string{
 			i0 + ".name: Slirp interface only implemented with pod network"}},
-		{"seed slirp 2", spec("name: a\nslirp: {}", ""), Options{ForbidSlirp: true}, []string{
+		{"seed slirp 2 Row52", spec("name: a\nslirp: {}", ""), Options{ForbidSlirp: true}, []string{
 			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
-		{"seed macvtap 7", spec("name: a\nmacvtap: {}", ""), Options{}, []string{
+		{"seed macvtap 7 Row74", spec("name: a\nmacvtap: {}", ""), Options{}, []string{
 			i0 + ".name: Macvtap interface only implemented with Multus network"}},
-		{"seed macvtap 6", spec("name: a\nmacvtap: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: []}}}\n", Options{}, []string{
+		{"seed macvtap 6 Row74", spec("name: a\nmacvtap: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: []}}}\n", Options{}, []string{
 			i0 + ".name: Macvtap feature gate is not enabled"}},
-		{"seed macvtap gate open", spec("name: a\nmacvtap: {}", mulA) + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: [Macvtap]}}}\n", Options{}, nil},
-		{"seed slirp by the cluster's CR", spec("name: a\nslirp: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {network: {permitSlirpInterface: false}}}\n", Options{}, []string{
+		{"seed macvtap gate open Row74", spec("name: a\nmacvtap: {}", mulA) + "---\nkind: KubeVirt\nspec: {configuration: {developerConfiguration: {featureGates: [Macvtap]}}}\n", Options{}, nil},
+		{"seed slirp by the cluster's CR Row52", spec("name: a\nslirp: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {network: {permitSlirpInterface: false}}}\n", Options{}, []string{
 			i0 + ".name: Slirp interface is not enabled in kubevirt-config"}},
 		{"seed chain: the first only", spec("name: a\nslirp: {}\nmacvtap: {}", "") + "---\nkind: KubeVirt\nspec: {configuration: {network: {permitSlirpInterface: false}}}\n", Options{}, []string{
 			i0 + ": logical a interface must have exactly one binding method or binding plugin",
@@ -192,13 +192,13 @@ func TestValidate(t *testing.T) {
 			i1 + ".name: " + i1 + ".name 'c' not found.",
 			i0 + ".model: interface " + i0 + ".name uses model x that is not supported."}},
 
-		{"own cidr text", spec("", "name: a\npod: {vmNetworkCIDR: hello}"), Options{}, []string{
+		{"own cidr text Row59", spec("", "name: a\npod: {vmNetworkCIDR: hello}"), Options{}, []string{
 			`spec.networks[0].pod.vmNetworkCIDR: "hello" is not an IPv4 network; write it like 10.0.2.0/24`}},
-		{"own cidr /31", spec("", "name: a\npod: {vmNetworkCIDR: 10.0.0.0/31}"), Options{}, []string{
+		{"own cidr /31 Row59", spec("", "name: a\npod: {vmNetworkCIDR: 10.0.0.0/31}"), Options{}, []string{
 			"spec.networks[0].pod.vmNetworkCIDR: VM CIDR subnet is too small, at least 2 host addresses are required: 10.0.0.0/31; use /30 or larger"}},
 		{"own cidr loopback", spec("", "name: a\npod: {vmNetworkCIDR: 127.0.0.0/24}"), Options{}, []string{
 			"spec.networks[0].pod.vmNetworkCIDR: 127.0.0.0/24 lies in 127.0.0.0/8, where no guest can have an address; use a private network like 10.0.2.0/24"}},
-		{"own cidr6", spec("", "name: a\npod: {vmIPv6NetworkCIDR: 'fd00::/127'}"), Options{}, []string{
+		{"own cidr6 Row59", spec("", "name: a\npod: {vmIPv6NetworkCIDR: 'fd00::/127'}"), Options{}, []string{
 			"spec.networks[0].pod.vmIPv6NetworkCIDR: VM CIDR subnet is too small, at least 2 host addresses are required: fd00::/127; use /126 or larger"}},
 		{"own duplicate port", spec(masqA+"\nports: [{port: 80}, {port: 80, protocol: UDP}, {port: 80, protocol: TCP}]", ""), Options{}, []string{
 			i0 + ".ports[2].port: port 80/TCP is listed twice on this interface; remove one"}},

@@ -532,9 +532,9 @@ type nopFeedback struct{}
 
 func (nopFeedback) SetTruncated() {}
 
-// TestRFC4787_REQ13_TooBig: with DF the guest is told what fits, by the pod and
+// TestRFC4787_REQ13_TooBig_Row36: with DF the guest is told what fits, by the pod and
 // by a router.
-func TestRFC4787_REQ13_TooBig(t *testing.T) {
+func TestRFC4787_REQ13_TooBig_Row36(t *testing.T) {
 	p := newPod(t, enginetest.WorldOptions{MTU: 1400})
 	host := listen(t, p.Outside, "udp4", enginetest.OutsideIP+":0")
 	dst := netip.AddrPortFrom(outsideIP, portOf(host))
