@@ -91,7 +91,14 @@ func (d *decoder) cluster(docs *Docs, root *yaml.Node) {
 	}()
 	d.object(root, "", false, fields{"spec": at(fields{"configuration": at(fields{
 		"network": at(fields{
-			"defaultNetworkInterface":           func(n *yaml.Node, p string) { c.DefaultInterface = d.text(n, p) },
+			"defaultNetworkInterface": func(n *yaml.Node, p string) {
+				switch s := d.text(n, p); Binding(s) {
+				case "", Bridge, Masquerade, Slirp:
+					c.DefaultInterface = s
+				default: // KubeVirt passes over the whole CR
+					d.fault(n, p, "invalid default-network-interface in config: %s", s)
+				}
+			},
 			"permitBridgeInterfaceOnPodNetwork": ptr(&c.PermitBridge),
 			"permitSlirpInterface":              ptr(&c.PermitSlirp),
 			"binding": func(n *yaml.Node, p string) {

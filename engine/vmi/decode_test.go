@@ -73,8 +73,7 @@ func TestDefaultInterface(t *testing.T) {
 			assert.NotEqual(t, "default", f.Name)
 		}
 	}
-	// KubeVirt adds the network alone where it does not know the interface.
 	docs, err := Parse("v.yaml", []byte("kind: VMI\nmetadata: {name: v}\n---\nkind: KubeVirt\nspec: {configuration: {network: {defaultNetworkInterface: x}}}"))
 	require.NoError(t, err)
-	assert.Equal(t, []string{"spec.networks[0].name: spec.networks[0].name 'default' not found."}, lines(Validate(docs, Options{})))
+	assert.Equal(t, []string{"spec.configuration.network.defaultNetworkInterface: invalid default-network-interface in config: x"}, lines(Validate(docs, Options{})))
 }

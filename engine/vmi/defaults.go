@@ -21,7 +21,7 @@ func (docs Docs) withDefaults() (Docs, []Fault) {
 		refused := ""
 		no := func(b *bool) bool { return b != nil && !*b }
 		switch c := &docs.Cluster; c.DefaultInterface {
-		case "", string(Bridge):
+		default: // bridge, which is KubeVirt's own
 			if f.Bindings = []Binding{Bridge}; no(c.PermitBridge) {
 				refused = "bridge interface is not enabled in kubevirt-config"
 			}
@@ -39,9 +39,7 @@ func (docs Docs) withDefaults() (Docs, []Fault) {
 			}
 			continue
 		}
-		if len(f.Bindings) > 0 {
-			v.Spec.Interfaces = []InterfaceSpec{f}
-		}
+		v.Spec.Interfaces = []InterfaceSpec{f}
 		v.Spec.Networks = []NetworkSpec{{Name: "default", Pod: &PodSpec{}}}
 	}
 	return docs, faults

@@ -74,7 +74,10 @@ func (g *generator) cluster() object {
 		network["permitSlirpInterface"] = g.chance(50)
 	}
 	if g.chance(40) {
-		network["defaultNetworkInterface"] = pick(g, 2, "bridge", "masquerade")
+		network["defaultNetworkInterface"] = pick(g, 2, "bridge", "masquerade", "slirp")
+		if network["defaultNetworkInterface"] == "slirp" {
+			delete(network, "permitSlirpInterface") // with it we serve what KubeVirt refuses
+		}
 	}
 	if g.chance(20) {
 		network["binding"] = object{"plug": object{"sidecarImage": "i"}, "other": object{}}
