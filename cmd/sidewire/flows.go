@@ -62,12 +62,19 @@ func (s *server) Flows(limit int) FlowList {
 }
 
 func (n *userNIC) flows(fn func(FlowStatus) bool) {
-	n.net.Flows(engine.Now(), func(i usernet.FlowInfo) bool {
-		return fn(FlowStatus{
-			Interface: n.name(), Protocol: ipProtocol(i.Proto), GuestAddr: i.GuestAddr, GuestPort: i.GuestPort, ExternalPort: i.ExternalPort,
-			Remote: i.Remote, RemotePort: i.RemotePort, Inbound: i.Inbound, State: i.State, Bytes: i.Bytes, Idle: i.Idle, Queue: i.Queue,
+	more := true
+	for _, net := range n.nets() {
+		if !more {
+			return
+		}
+		net.Flows(engine.Now(), func(i usernet.FlowInfo) bool {
+			more = fn(FlowStatus{
+				Interface: n.name(), Protocol: ipProtocol(i.Proto), GuestAddr: i.GuestAddr, GuestPort: i.GuestPort, ExternalPort: i.ExternalPort,
+				Remote: i.Remote, RemotePort: i.RemotePort, Inbound: i.Inbound, State: i.State, Bytes: i.Bytes, Idle: i.Idle, Queue: i.Queue,
+			})
+			return more
 		})
-	})
+	}
 }
 
 func (n *podNIC) flows(fn func(FlowStatus) bool) {

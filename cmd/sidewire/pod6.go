@@ -10,6 +10,7 @@ import (
 	"sidewire/engine/frame"
 	"sidewire/engine/uplink"
 	"sidewire/nat"
+	"sidewire/nat/usernet"
 )
 
 // pod6 is the IPv6 side of a pod, which it has if its link has an address of
@@ -173,11 +174,12 @@ func (n *podNIC) update6(s *server) {
 
 // IPv6Status is the IPv6 side of an interface.
 type IPv6Status struct {
-	Pod     netip.Addr  `json:"pod"`
-	Guest   netip.Addr  `json:"guest"` // what it is leased
-	Gateway netip.Addr  `json:"gateway"`
-	Router  dhcp.Stats6 `json:"router"`
-	NAT     *nat.Stats  `json:"nat,omitempty"` // of the packet path
+	Pod     netip.Addr     `json:"pod"`
+	Guest   netip.Addr     `json:"guest"` // what it is leased
+	Gateway netip.Addr     `json:"gateway"`
+	Router  dhcp.Stats6    `json:"router"`
+	NAT     *nat.Stats     `json:"nat,omitempty"`     // of the packet path
+	Sockets *usernet.Stats `json:"sockets,omitempty"` // of the socket path
 }
 
 // status6 adds the guest's IPv6 side.

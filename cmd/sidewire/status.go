@@ -213,10 +213,14 @@ func printStatus(out io.Writer, st Status) error {
 			continue
 		}
 		fmt.Fprintf(w, "  path\t%s%s\n", i.Path, inBrackets(i.Why))
-		if i.Pod.IsValid() {
+		switch {
+		case i.Pod.IsValid():
 			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", i.Guest, i.Gateway, i.Pod, i.Link)
-		} else {
+		case i.Guest.IsValid():
 			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s\n", i.Guest, i.Gateway)
+		}
+		if six := i.IPv6; six != nil {
+			fmt.Fprintf(w, "  addresses\tguest %s, gateway %s, pod %s on %s\n", six.Guest, six.Gateway, six.Pod, i.Link)
 		}
 		if i.Alias != nil {
 			fmt.Fprintf(w, "  \tto the pod's processes the guest is %s\n", i.Alias)
@@ -230,7 +234,7 @@ func printStatus(out io.Writer, st Status) error {
 		if i.NAT != nil {
 			fmt.Fprintf(w, "  flows\t%d (%d external ports)\n", i.NAT.Flows, i.NAT.Mappings)
 		}
-		if n := i.Sockets; n != nil {
+		for _, n := range i.sockets() {
 			fmt.Fprintf(w, "  flows\t%d TCP, %d UDP, %d echo; %d of %d sockets\n", n.TCPOpen, n.UDPOpen, n.EchoOpen, n.Sockets, n.MaxSockets)
 			fmt.Fprintf(w, "  refused\t%d by hosts, %d by policy, %d for want of room, %d of sockets\n", n.Refused, n.PolicyDenied, n.TableFull, n.NoSocket)
 		}

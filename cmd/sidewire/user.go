@@ -33,7 +33,8 @@ type userNIC struct {
 	ranges []uplink.Port     // that the VMI asks for
 	why    string            // it is not the packet path, where that was not asked for
 
-	net      *usernet.Net
+	net      *usernet.Net // of IPv4; nil if the guest has none, as dhcp
+	six      userNIC6
 	redirect *uplink.Redirect // of all ports or of ranges; nil where only those that have sockets lead to the guest
 	host     frame.PortID     // what the host's sockets have for the guest
 	dns      *resolver
@@ -78,8 +79,11 @@ func (n *userNIC) gatewayMAC() frame.MAC {
 
 // resolverAddr is where the guest finds the relay.
 func (n *userNIC) resolverAddr() netip.Addr {
-	if n.slirp() {
+	switch {
+	case n.slirp():
 		return n.iface.Network.DNS
+	case !n.hasFour():
+		return n.iface.Network.Gateway6
 	}
 	return n.iface.Network.Gateway
 }
@@ -93,20 +97,24 @@ func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine fu
 		}
 		return machineError{err}
 	}
-	learn := func(m frame.MAC) { n.net.LearnMAC(m) }
-	if err := n.nic.open(s, o, n.mtu, 0, learn); err != nil {
+	if err := n.nic.open(s, o, n.mtu, 0, n.learn); err != nil {
 		return err
 	}
 	var err error
-	n.dns, err = newResolver(o, relayPlace{
-		netns: n.netns, at: netip.AddrPortFrom(loopback, 0), allow: netip.PrefixFrom(loopback, 32),
-		shown: n.resolverAddr(), leased: n.slirp(), inside: n.iface.Network.CIDR,
-	}, s.log.With("interface", n.name()))
-	if err != nil {
+	if n.dns, err = newResolver(o, n.relayPlace(), s.log.With("interface", n.name())); err != nil {
 		return err
 	}
-	if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
-		return inputError{err}
+	if n.hasFour() {
+		if n.dhcp, err = dhcp.New(n.dhcpConfig(o)); err != nil {
+			return inputError{err}
+		}
+	}
+	if n.hasSix() {
+		if n.six.router, err = dhcp.New6(n.config6()); err != nil {
+			return inputError{err}
+		}
+	} else if n.six.pod.IsValid() && !n.slirp() {
+		s.log.Warn("the guest gets no IPv6: it needs an MTU of 1280", "interface", n.name(), "mtu", n.mtu)
 	}
 	if n.host, err = s.engine.AddPort(n.name()+" sockets", hostSide{}); err != nil {
 		return err
@@ -123,7 +131,7 @@ func (n *userNIC) open(ctx context.Context, s *server, o *options, stopEngine fu
 	if err := n.publish(s); err != nil {
 		return err
 	}
-	n.resolve(ctx, s, n.dns, func() { n.renew(s, n.dhcpConfig(o)) })
+	n.resolve(ctx, s, n.dns, func() { n.update(s, o) })
 	return n.listen(ctx, s)
 }
 
@@ -139,12 +147,7 @@ func (n *userNIC) inspect(o *options) {
 	if err != nil {
 		return
 	}
-	addrs, _ := netlink.AddrList(l, netlink.FAMILY_V4)
-	for _, a := range addrs {
-		if ip, ok := netip.AddrFromSlice(a.IP.To4()); ok && ip.IsGlobalUnicast() && !n.pod.IsValid() {
-			n.pod = ip
-		}
-	}
+	n.pod, n.six.pod = podAddr(l, netlink.FAMILY_V4), podAddr(l, netlink.FAMILY_V6)
 }
 
 // userMTU is the MTU of a guest's link: what the flag says, else that of the
@@ -175,9 +178,7 @@ func (n *userNIC) openNet(ctx context.Context, s *server, o *options, workers []
 	}
 	at := netip.AddrPortFrom(n.resolverAddr(), dnsPort)
 	c := usernet.Config{
-		Name: n.name(), Port: n.port, Guest: n.iface.Network.Guest, Gateway: n.iface.Network.Gateway, Prefix: n.iface.Network.CIDR,
-		MAC: n.mac(), GatewayMAC: n.gatewayMAC(), MTU: n.mtu, Workers: s.engine.Workers(),
-		Services: []usernet.Service{{Proto: frame.ProtoUDP, Addr: at, To: udp}, {Proto: frame.ProtoTCP, Addr: at, To: tcp}},
+		Name: n.name(), Port: n.port, MAC: n.mac(), GatewayMAC: n.gatewayMAC(), MTU: n.mtu, Workers: s.engine.Workers(),
 		Loopback: !o.noHostLoopback, GatewaySource: n.slirp(), Ping: !n.slirp() || o.slirpPing, Policy: o.policy(),
 		MaxSockets: s.socketShare, Log: s.log.With("interface", n.name()),
 	}
@@ -196,26 +197,24 @@ func (n *userNIC) openNet(ctx context.Context, s *server, o *options, workers []
 		s.onStop(f.Close)
 		c.NetNS = int(f.Fd())
 	}
-	if n.net, err = usernet.New(c); err != nil {
-		return cannot("%w", err)
-	}
-	s.onStop(n.net.Close)
-	return nil
+	return n.openFamilies(s, c, []usernet.Service{{Proto: frame.ProtoUDP, Addr: at, To: udp}, {Proto: frame.ProtoTCP, Addr: at, To: tcp}})
 }
 
 // wire gives stages and workers to the ports. Only the workers of the guest's
 // queue pairs look after its sockets.
 func (n *userNIC) wire(s *server, workers []int) error {
-	s.engine.SetStages(n.port, n.dhcp, n.net)
+	s.engine.SetStages(n.port, n.stages()...)
 	workers = slices.Clone(workers)
 	n.attachTo(s, workers)
 	slices.Sort(workers)
 	for _, w := range slices.Compact(workers) {
-		q := n.net.Queue(w)
-		if err := q.SetWatcher(s.engine.Worker(w)); err != nil {
-			return machineError{err}
+		for _, net := range n.nets() {
+			q := net.Queue(w)
+			if err := q.SetWatcher(s.engine.Worker(w)); err != nil {
+				return machineError{err}
+			}
+			s.engine.AddQueue(n.host, q, w)
 		}
-		s.engine.AddQueue(n.host, q, w)
 	}
 	return nil
 }
@@ -228,7 +227,7 @@ func (n *userNIC) dhcpConfig(o *options) dhcp.Config {
 		Port: n.port, Address: netip.PrefixFrom(net.Guest, net.CIDR.Bits()),
 		Router: net.Gateway, ServerIP: net.Gateway, ServerMAC: n.gatewayMAC(),
 		DNS: servers, Search: resolv.SearchDomains(n.vm.Subdomain), MTU: n.mtu,
-		OnLease: func(m frame.MAC) { n.net.LearnMAC(m) },
+		OnLease: n.learn,
 	}
 	if n.slirp() {
 		c.LeaseTime = slirpLease
@@ -239,15 +238,21 @@ func (n *userNIC) dhcpConfig(o *options) dhcp.Config {
 
 func (n *userNIC) status(*server) InterfaceStatus {
 	st := n.nic.status()
-	net := n.net.Stats()
 	st.Path, st.Link, st.Pod, st.MTU = "socket", n.link, n.pod, n.mtu
-	st.Guest, st.Gateway = n.iface.Network.Guest, n.iface.Network.Gateway
-	if m := n.net.MAC(); m != (frame.MAC{}) {
-		st.MAC = m.String()
+	if n.net != nil {
+		x := n.net.Stats()
+		st.Guest, st.Gateway, st.Sockets = n.iface.Network.Guest, n.iface.Network.Gateway, &x
 	}
-	st.DNS, st.Sockets, st.Forwards = n.dns.status(), &net, n.forwards()
+	n.status6(&st)
+	nets := n.nets()
+	for _, net := range nets {
+		if m := net.MAC(); m != (frame.MAC{}) {
+			st.MAC = m.String()
+		}
+	}
+	st.DNS, st.Forwards = n.dns.status(), n.forwards()
 	st.Why, st.Everything = n.why, n.redirect != nil && len(n.ranges) == 0
-	for _, r := range n.net.Policy().Rules {
+	for _, r := range nets[0].Policy().Rules {
 		st.Policy = append(st.Policy, r.String())
 	}
 	return st
@@ -255,7 +260,7 @@ func (n *userNIC) status(*server) InterfaceStatus {
 
 func (n *userNIC) forwards() []forwardRequest {
 	out := []forwardRequest{}
-	for _, f := range n.net.Forwards() {
+	for _, f := range n.forwarded() {
 		r := forwardRequest{Protocol: protoName(f.Proto), Address: f.Addr, Port: f.Port}
 		if f.Guest != f.Port {
 			r.Guest = f.Guest
@@ -275,19 +280,19 @@ func (n *userNIC) forwards() []forwardRequest {
 }
 
 func (n *userNIC) addForward(r forwardRequest, proto uint8) error {
-	return n.net.AddForward(r.user(proto))
+	return n.forward(r.user(proto))
 }
 
 func (n *userNIC) removeForward(r forwardRequest, proto uint8) error {
 	if r.Guest == 0 {
 		// The host's port is enough to know which.
-		for _, f := range n.net.Forwards() {
+		for _, f := range n.forwarded() {
 			if f.Proto == proto && f.Port == r.Port && f.Addr == r.Address {
-				return n.net.RemoveForward(f)
+				return n.unforward(f)
 			}
 		}
 	}
-	return n.net.RemoveForward(r.user(proto))
+	return n.unforward(r.user(proto))
 }
 
 // user is a forward as usernet has it.

@@ -17,7 +17,7 @@ import (
 // is not.
 func (n *userNIC) publish(s *server) error {
 	for _, f := range n.ports {
-		if err := n.net.AddForward(f); err != nil {
+		if err := n.forward(f); err != nil {
 			if errors.Is(err, unix.EACCES) {
 				err = fmt.Errorf("%w, or another port that leads there: --forward PORT:%d", err, f.Guest)
 			}
@@ -32,6 +32,9 @@ func (n *userNIC) publish(s *server) error {
 	}
 	log := s.log.With("interface", n.name())
 	why := n.lead(s)
+	if n.six.net != nil && why == "" {
+		log.Warn("no ports are listed, which means all, but by IPv6 only those of --forward reach the guest from outside: list ports, or take the packet path")
+	}
 	switch {
 	case why == "":
 		log.Info("every TCP and UDP port leads to the guest; other protocols, and UDP ports that a process of the pod has, stay with the pod")
@@ -65,7 +68,7 @@ func (n *userNIC) publishRanges(s *server) {
 			f := usernet.Forward{Proto: p.Proto, Port: uint16(port)}
 			err := errNoRoom
 			if room > 0 {
-				err = n.net.AddForward(f)
+				err = n.forward(f)
 			}
 			if err == nil {
 				room--
@@ -94,6 +97,8 @@ func (n *userNIC) lead(s *server, ports ...uplink.Port) (why string) {
 	switch {
 	case !hasCapability(unix.CAP_NET_ADMIN):
 		return "CAP_NET_ADMIN missing"
+	case n.net == nil:
+		return "it leads IPv4 alone, which the pod has none of"
 	case !n.pod.IsValid():
 		return "link " + n.link + " has no IPv4 address"
 	}

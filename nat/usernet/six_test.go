@@ -100,6 +100,7 @@ func TestRow61UDPSizes(t *testing.T) {
 		require.Equal(t, p, got, "%d bytes", n)
 		says(t, host, from, p)
 		var back []byte
+		var id uint32
 		for len(back) < 8+n {
 			a := w.next()
 			require.LessOrEqual(t, len(a.data), 14+1500)
@@ -110,6 +111,10 @@ func TestRow61UDPSizes(t *testing.T) {
 			}
 			require.Greater(t, n, 1452, "it was not to be cut")
 			require.EqualValues(t, len(back), 8*int(a.frag6.FragmentOffset))
+			if len(back) == 0 {
+				id = a.frag6.Identification
+			}
+			require.Equal(t, id, a.frag6.Identification)
 			require.Equal(t, layers.IPProtocolUDP, a.frag6.NextHeader)
 			back = append(back, a.payload...)
 			require.Equal(t, len(back) < 8+n, a.frag6.MoreFragments)
@@ -267,4 +272,42 @@ func TestRow61Numbers(t *testing.T) {
 		n.sweep()
 	}
 	assert.LessOrEqual(t, len(s.numbers), sixFew+1)
+}
+
+const podIP6, outsideIP6 = "2001:db8:1::5", "2001:db8:1::9"
+
+// pod6 is a namespace with a way out, where the Net's sockets are made, and the
+// outside.
+func pod6(t *testing.T) (pod, outside *enginetest.NetNS) {
+	t.Helper()
+	enginetest.Need(t, "netns")
+	pod, outside = enginetest.NewNetNS(t), enginetest.NewNetNS(t)
+	enginetest.Veth(t, pod, "eth0", outside, "eth0")
+	enginetest.Must(t, pod.Addr("eth0", podIP6+"/64"), outside.Addr("eth0", outsideIP6+"/64"), pod.Route("default", outsideIP6),
+		pod.Sysctl("net/ipv4/ping_group_range", "0 2147483647"))
+	return pod, outside
+}
+
+func TestRow61UDPOutside(t *testing.T) {
+	pod, outside := pod6(t)
+	w := newWorld(t, ofSix, inPod(t, pod))
+	host, err := outside.ListenPacket("udp6", "["+outsideIP6+"]:5000")
+	require.NoError(t, err)
+	defer host.Close()
+	at := netip.MustParseAddrPort("[" + outsideIP6 + "]:5000")
+	for _, n := range []int{1, 1452, 4000, 20000} {
+		p := string(enginetest.Payload(n, byte(n)))
+		ip := to(at.Addr())
+		ip.TTL, ip.TOS = 33, 0x48
+		w.send(fragments6(ip, uint32(n), frame.ProtoUDP, enginetest.UDP{Src: 40001, Dst: at.Port()}.Datagram(ip, []byte(p)), 1448)...)
+		w.consumed()
+		got, from := hears(t, host)
+		require.Equal(t, p, got, "%d bytes", n)
+		require.Equal(t, podIP6, from.Addr().String())
+		says(t, host, from, "yes")
+		a := w.next()
+		require.Equal(t, at, a.from())
+		require.Equal(t, "yes", string(a.payload))
+		require.EqualValues(t, 63, a.ip6.HopLimit)
+	}
 }

@@ -412,7 +412,7 @@ func (w *worker) deliverWhole(b *frame.Batch, r *frame.Frame, pull bool) bool {
 		*b.Reply() = *r
 		return true
 	}
-	id := uint16(w.net.ids.Add(1)) // RFC 6864: unique as long as the guest may wait
+	id := w.net.ids.Add(1) // RFC 6864: unique as long as the guest may wait
 	per := w.perFragment()
 	c := cursor{rest: r.Tail}
 	for off := 0; off < n; off += per {
@@ -426,10 +426,13 @@ func (w *worker) deliverWhole(b *frame.Batch, r *frame.Frame, pull bool) bool {
 			field |= frame.MoreFragments
 		}
 		binary.BigEndian.PutUint16(h[l3+2:], uint16(ip4Len+k))
-		binary.BigEndian.PutUint16(h[l3+4:], id)
+		binary.BigEndian.PutUint16(h[l3+4:], uint16(id))
 		binary.BigEndian.PutUint16(h[l3+6:], field)
-		h[l3+10], h[l3+11] = 0, 0
-		putIPSum(h)
+		if h[l3+10], h[l3+11] = 0, 0; w.six == nil {
+			putIPSum(h)
+		} else {
+			binary.BigEndian.PutUint16(h[l3+10:], uint16(id>>16)) // see fromSix
+		}
 		f.L3, f.L4, f.Proto, f.Frag = l3, l4, r.Proto, off > 0
 		f.HeadLen, f.Len = l4, int32(l4+k)
 		if off == 0 { // what r has in its Head is less than a fragment
