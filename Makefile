@@ -4,7 +4,7 @@ T       ?= 60s
 export CGO_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test unit race soak fuzz bench perf lint check deps clean
+.PHONY: help build demo test unit race soak fuzz oracle bench perf lint check deps clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,7 +17,7 @@ demo: build deps ## boot a real guest behind sidewire and show each thing workin
 	bin/sidewire demo
 
 test: deps ## unit, fuzz-seed, namespace and QEMU tests
-	$(GO) test -timeout 15m -p 1 ./...
+	$(GO) test -timeout 20m -p 1 ./...
 
 unit: ## the tests that need nothing but Go
 	$(GO) test -short ./...
@@ -31,6 +31,9 @@ soak: ## 100k flows at once and floods of a million (as root, for the namespace)
 fuzz: ## fuzz every target for T each (T=60s)
 	@for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
 		echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(T) -fuzzminimizetime 50x $$p || exit 1; done; done
+
+oracle: ## compare with KubeVirt's own webhook and types (UPDATE=1 records its answers; minutes the first time)
+	cd engine/vmi/oracle && $(GO) test -timeout 20m . $(if $(UPDATE),-update)
 
 bench: ## benchmarks of the hot functions beside the stored baseline (SAVE=1 stores one)
 	$(GO) run ./perf bench $(if $(SAVE),-save)
