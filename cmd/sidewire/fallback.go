@@ -85,7 +85,15 @@ func (s *server) openPods(ctx context.Context, o *options, p *plan, stopEngine f
 // told to do.
 func mayFallBack(err error) bool {
 	var h hostRefusal
-	return errors.As(err, &h) && !errors.Is(h.cause, uplink.ErrNoLink) && !errors.Is(h.cause, uplink.ErrInUse)
+	if !errors.As(err, &h) {
+		return false
+	}
+	for _, given := range []error{uplink.ErrNoLink, uplink.ErrNoAddress, uplink.ErrInUse} {
+		if errors.Is(h.cause, given) {
+			return false
+		}
+	}
+	return true
 }
 
 // toSockets has the guests of a pod reach the network by sockets.

@@ -174,7 +174,7 @@ func TestRefusedStarts(t *testing.T) {
 	}{
 		"no such link": {nil, []string{"--netns", w.Pod.Path, "--uplink", "red=eth7"}, exitInput,
 			[]string{"vm/red", "eth7", "eth0", "--uplink"}},
-		"no address": {nil, []string{"--netns", noAddr.Path}, exitMachine, []string{"vm/red", "eth0", "no IPv4 address"}},
+		"no address": {nil, []string{"--netns", noAddr.Path}, exitMachine, []string{"vm/red", "eth0", "no IP address"}},
 		"no namespace": {nil, []string{"--netns", "/run/netns/nowhere"}, exitMachine,
 			[]string{"/run/netns/nowhere", "no such file"}},
 		"no resolvers": {nil, []string{"--netns", w.Pod.Path, "--resolv-conf", empty + "x"}, exitInput,

@@ -165,7 +165,7 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 		c.Pod6 = netip.Addr{}
 	}
 	if !c.Pod.IsValid() && !c.Pod6.IsValid() {
-		return fmt.Errorf("link %s has no IP address", c.Link)
+		return fmt.Errorf("link %s: %w", c.Link, ErrNoAddress)
 	}
 	return nil
 }

@@ -30,6 +30,8 @@ type Watcher = interface {
 var (
 	// ErrInUse means that another sidewire serves the link.
 	ErrInUse = errors.New("another sidewire serves this link")
+	// ErrNoAddress means that a pod's link has no address to share.
+	ErrNoAddress = errors.New("no IP address that others may know")
 	// ErrPrivilege means that a capability is missing; the message names it.
 	ErrPrivilege = errors.New("missing privilege")
 	// ErrNoLink means that there is no link of that name; the message lists
