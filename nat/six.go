@@ -243,5 +243,7 @@ func sound6(f *frame.Frame, frag frame.Frag6) frame.DropReason {
 // own link: unspecified, loopback, mapped IPv4, link-local, multicast.
 func martian(a *Addr6) bool {
 	hi, lo := halves(a)
-	return a[0] == 0xff || hi>>54 == 0xfe80>>6 || hi == 0 && (lo <= 1 || lo>>32 == 0xffff)
+	return a[0] == 0xff || linkLocal(a) || hi == 0 && (lo <= 1 || lo>>32 == 0xffff)
 }
+
+func linkLocal(a *Addr6) bool { return a[0] == 0xfe && a[1]&0xc0 == 0x80 }

@@ -15,6 +15,7 @@ const (
 	icmp6Echo         = 128 // errors are below
 	icmp6EchoReply    = 129
 	icmp6NeighbourAsk = 135
+	icmp6NeighbourSay = 136
 
 	unreach6NoRoute    = 0
 	unreach6Prohibited = 1

@@ -49,11 +49,11 @@ func (o *Outbound6) frame(b *frame.Batch, f *frame.Frame, r *run6) {
 		o.g.mac.Store(src)
 	}
 	switch {
-	case to[0] == 0xff || from[0] == 0xfe && from[1]&0xc0 == 0x80:
+	case to[0] == 0xff || linkLocal(from):
 		o.onLink(f, dst)
 	case dst != m.m.gwMAC:
 		f.Drop(frame.NotCarried)
-	case *from != o.g.ip:
+	case *from != o.g.ip, advertises(f) && !o.owns(f):
 		f.Drop(frame.Spoofed)
 	case *to == o.g.gateway, *to == m.router, m.isLocal(to):
 		o.local(f)
@@ -62,22 +62,39 @@ func (o *Outbound6) frame(b *frame.Batch, f *frame.Frame, r *run6) {
 	}
 }
 
-// onLink passes what the guest says to its own link on to the pod's kernel,
-// which is the other station there: neighbour discovery for what it owns, and
-// whatever goes to the gateway's link-local address. Of groups the rest has
-// nobody to hear it.
+// onLink passes what the guest says of its own addresses on to the pod's kernel,
+// which is the other station of the link and may have asked. It hears nothing
+// else there: a router's words would change its routes, also where they hide
+// behind extension headers, and each address that it answers costs it a
+// neighbour. What the guest asks its router is answered before this stage.
 func (o *Outbound6) onLink(f *frame.Frame, dst uint64) {
 	from, to := f.SrcIP6(), f.DstIP6()
-	discovery := f.Proto == frame.ProtoICMPv6 && !f.Frag && f.L4Bytes()[0]-icmp6NeighbourAsk <= 1
-	linkLocal := from[0] == 0xfe && from[1]&0xc0 == 0x80
 	switch {
-	case !linkLocal && *from != o.g.ip && *from != (Addr6{}):
+	case !linkLocal(from) && *from != o.g.ip && *from != (Addr6{}):
 		f.Drop(frame.Spoofed)
-	case discovery && (dst == o.m.m.gwMAC || to[0] == 0xff), dst == o.m.m.gwMAC && (*to == o.m.router || *to == o.g.gateway):
-		o.local(f)
-	default:
+	case !advertises(f) || dst != o.m.m.gwMAC && to[0] != 0xff:
 		f.Drop(frame.NotCarried)
+	case !o.owns(f):
+		f.Drop(frame.Spoofed)
+	default:
+		o.local(f)
 	}
+}
+
+// advertises says whether a packet is a neighbour advertisement.
+func advertises(f *frame.Frame) bool {
+	return f.Proto == frame.ProtoICMPv6 && !f.Frag && f.L4Bytes()[0] == icmp6NeighbourSay
+}
+
+// owns says whether a neighbour advertisement is about an address that can be
+// the guest's.
+func (o *Outbound6) owns(f *frame.Frame) bool {
+	h := f.L4Bytes()
+	if len(h) < 24 {
+		return false
+	}
+	target := (*Addr6)(h[8:24])
+	return *target == o.g.ip || linkLocal(target) && *target != o.m.router
 }
 
 // local gives a frame to the pod's kernel, as it is.

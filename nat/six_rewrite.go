@@ -109,11 +109,12 @@ func ipLength6(f *frame.Frame) int {
 	return ipLength(f)
 }
 
-// fits says whether a packet may go where mtu, unless it is 0, is the limit.
-// Otherwise it has got its verdict, and its sender, guest g or the outside if
+// fits says whether a packet may go where mtu, unless it is 0, is the limit; what
+// every link carries always may, as its sender would not send less (RFC 8200,
+// section 5). Otherwise it has got its verdict, and its sender, guest g or the outside if
 // that is nil, is told: no router fragments (RFC 8200, section 5).
 func (m *Masquerade6) fits(b *frame.Batch, f *frame.Frame, g *guest6, mtu int) bool {
-	if mtu <= 0 || ipLength6(f) <= mtu {
+	if mtu <= 0 || ipLength6(f) <= max(mtu, minMTU6) {
 		return true
 	}
 	m.replyError(b, f, g, icmp6TooBig, 0, max(mtu, minMTU6))

@@ -304,7 +304,7 @@ func TestNotCarried6(t *testing.T) {
 		"the guest's own network":  {udp6(guest6IP, other, 1, 2, ""), frame.NoRoute},
 		"H087 port 0":              {udp6(guest6IP, host6A, 0, 2, ""), frame.BadTransport},
 		"ICMP of IPv4":             {ethOut.Frame(frame.TypeIPv6, pair6(guest6IP, host6A).Packet(frame.ProtoICMP, make([]byte, 8))), frame.NotCarried},
-		"neighbour advertisement":  {enginetest.ICMPFrame(ethOut, pair6(guest6IP, host6A), enginetest.ICMP{Type: 136}, make([]byte, 16)), frame.NotCarried},
+		"neighbour advertisement":  {enginetest.ICMPFrame(ethOut, pair6(guest6IP, host6A), enginetest.ICMP{Type: 136}, make([]byte, 16)), frame.Spoofed},
 		"routing header":           {ethOut.Frame(frame.TypeIPv6, pair6(guest6IP, host6A).Packet(43, []byte{17, 0, 0, 1, 0, 0, 0, 0})), frame.NotCarried},
 		"reset of no connection":   {tcp6(guest6IP, host6A, 1, 2, flagRST, 1), frame.NoFlow},
 		"answer that nobody asked": {echo6(guest6IP, host6A, icmp6EchoReply, 1), frame.NoFlow},
@@ -326,15 +326,144 @@ func TestNotCarried6(t *testing.T) {
 	assert.Zero(t, four.Reason, "IPv4 is another stage's")
 }
 
+var (
+	guestLL   = netip.MustParseAddr("fe80::77")
+	allNodes6 = netip.MustParseAddr("ff02::1")
+	ethAll    = enginetest.Eth{Dst: frame.MAC{0x33, 0x33, 0, 0, 0, 1}, Src: guestMAC}
+)
+
+// advert6 is a neighbour advertisement about target.
+func advert6(e enginetest.Eth, src, dst, target netip.Addr) []byte {
+	return enginetest.ICMPFrame(e, pair6(src, dst), enginetest.ICMP{Type: icmp6NeighbourSay}, target.AsSlice())
+}
+
+// behindOptions is an ICMPv6 packet with a header of destination options before it,
+// which whoever looks at the first header alone passes over.
+func behindOptions(p []byte) []byte {
+	q := append(bytes.Clone(p[:54]), p[20], 0, 1, 4, 0, 0, 0, 0)
+	q[20] = 60
+	q = append(q, p[54:]...)
+	binary.BigEndian.PutUint16(q[18:], uint16(len(q)-54))
+	return q
+}
+
+// Of what the guest says on its link the pod's kernel hears nothing that could
+// change its routes, that it has to answer to addresses made up, or that is about
+// its own addresses.
+func TestRFC6980H084NothingForThePodsKernel6(t *testing.T) {
+	w := newWorld6(t)
+	icmp := func(e enginetest.Eth, src, dst netip.Addr, typ uint8, n int) []byte {
+		p := enginetest.ICMPFrame(e, pair6(src, dst), enginetest.ICMP{Type: typ}, make([]byte, n))
+		p[21] = 255
+		return p
+	}
+	for name, p := range map[string][]byte{
+		"a router's word":                  icmp(ethOut, guestLL, gateway6IP, 134, 24),
+		"behind options":                   behindOptions(icmp(ethOut, guestLL, gateway6IP, 134, 24)),
+		"behind options, to link-local":    behindOptions(icmp(ethOut, guestLL, routerLL, 134, 24)),
+		"behind options, to all":           behindOptions(icmp(ethAll, guestLL, allNodes6, 134, 24)),
+		"a redirect":                       icmp(ethOut, guestLL, gateway6IP, 137, 32),
+		"a question of anybody":            behindOptions(icmp(ethOut, netip.MustParseAddr("fe80::1234"), gateway6IP, icmp6NeighbourAsk, 16)),
+		"a ping of anybody":                icmp(ethOut, netip.MustParseAddr("fe80::1234"), gateway6IP, icmp6Echo, 8),
+		"a datagram of anybody":            enginetest.UDPFrame(ethOut, pair6(guestLL, gateway6IP), enginetest.UDP{Src: 1, Dst: 53}, nil),
+		"whose gateway's address is":       advert6(ethOut, guest6IP, gateway6IP, gateway6IP),
+		"the same, to all":                 advert6(ethAll, guestLL, allNodes6, gateway6IP),
+		"whose the router's link-local is": advert6(ethAll, guestLL, allNodes6, routerLL),
+		"whose the pod's address is":       advert6(ethOut, guest6IP, pod6IP, pod6IP),
+		"a short one":                      icmp(ethOut, guest6IP, gateway6IP, icmp6NeighbourSay, 8),
+		"a neighbour's question":           icmp(enginetest.Eth{Dst: frame.MAC{0x33, 0x33, 0xff, 0, 0, 9}, Src: guestMAC}, netip.IPv6Unspecified(), netip.MustParseAddr("ff02::1:ff00:9"), icmp6NeighbourAsk, 16),
+	} {
+		f := w.out(p)[0]
+		assert.Equal(t, frame.Drop, f.Out, name)
+		assert.Contains(t, []frame.DropReason{frame.NotCarried, frame.Spoofed}, f.Reason, name)
+	}
+}
+
+// RFC 8200, section 5: what every link carries is never called too big, as its
+// sender would send the same again.
+func TestRFC8200Sec5SmallestMTU6(t *testing.T) {
+	w := newWorld6(t)
+	w.router.hop.MTU = 1000
+	assert.Equal(t, portUplink, w.out(udp6(guest6IP, host6A, 5000, 53, string(make([]byte, 1280-48))))[0].Out)
+	fs := w.out(udp6(guest6IP, host6A, 5000, 53, string(make([]byte, 1281-48))))
+	require.Len(t, fs, 2)
+	assert.Equal(t, uint32(1280), be32(fs[1].Bytes()[58:]))
+}
+
+// RFC 6946: a packet in one fragment is a whole one, whatever else has its
+// identification.
+func TestRFC6946AtomicFragments6(t *testing.T) {
+	w := newWorld6(t)
+	whole := udp6(guest6IP, host6A, 5000, 53, "0123456789abcdef")
+	waits := fragments6(udp6(guest6IP, host6A, 6000, 53, string(make([]byte, 100))), 5, 64)
+	assert.Equal(t, frame.Consumed, w.out(waits[1])[0].Out)
+	fs := w.out(fragments6(whole, 5, 400)[0])
+	require.Len(t, fs, 1, "what waits is another packet's")
+	require.Equal(t, portUplink, fs[0].Out)
+	p := fs[0].Bytes()
+	assert.Equal(t, []byte{17, 0, 0, 0, 0, 0, 0, 5}, p[54:62])
+	assert.Equal(t, uint16(5000), be16(p[62:]))
+	plain := append(bytes.Clone(p[:54]), p[62:]...)
+	plain[20] = frame.ProtoUDP
+	binary.BigEndian.PutUint16(plain[18:], uint16(len(plain)-54))
+	assert.True(t, enginetest.ChecksumsOK(plain))
+	back := fragments6(udp6(host6A, pod6IP, 53, 5000, "answer"), 5, 400)[0]
+	assert.Equal(t, portGuest, w.in(back)[0].Out)
+}
+
+// RFC 7112: a first fragment without the whole transport header passes nowhere,
+// nor what would follow it; and RFC 5722: what overlaps changes no port.
+func TestRFC7112TinyFragments6(t *testing.T) {
+	w := newWorld6(t)
+	tiny := fragments6(tcp6(guest6IP, host6A, 5000, 80, flagSYN, 1), 9, 8)
+	require.Greater(t, len(tiny), 2)
+	assert.Equal(t, frame.BadTransport, w.out(tiny[0])[0].Reason)
+	assert.Equal(t, frame.Consumed, w.out(tiny[1])[0].Out, "it waits in vain")
+	assert.Zero(t, w.m.Stats().Flows)
+	fs := fragments6(udp6(guest6IP, host6A, 5000, 53, string(make([]byte, 60))), 11, 32)
+	require.Equal(t, portUplink, w.out(fs[0])[0].Out)
+	over := bytes.Clone(fs[1])
+	binary.BigEndian.PutUint16(over[56:], 8|1) // overlaps the first one's data
+	over = over[:62+24]
+	binary.BigEndian.PutUint16(over[18:], uint16(len(over)-54))
+	if f := w.out(over)[0]; assert.Equal(t, portUplink, f.Out) {
+		assert.Equal(t, over[62:], f.Bytes()[62:], "for the other end to judge")
+	}
+	high := bytes.Clone(fs[1])
+	binary.BigEndian.PutUint16(high[56:], 0xfff8)
+	assert.Equal(t, frame.BadIPv6, w.out(high)[0].Reason, "H083: beyond the largest packet")
+}
+
+// RFC 8200, section 8.1: a datagram without a checksum is nobody's but a tunnel's;
+// it stays one without. One that comes out as 0 is sent as 0xffff.
+func TestRFC8200Sec81UDPChecksum6(t *testing.T) {
+	w := newWorld6(t)
+	none := udp6(guest6IP, host6A, 5000, 53, "x")
+	none[60], none[61] = 0, 0
+	assert.Equal(t, []byte{0, 0}, w.out(none)[0].Bytes()[60:62])
+	for i := range 1 << 16 {
+		p := udp6(guest6IP, host6A, 5000, 53, string([]byte{byte(i >> 8), byte(i)}))
+		q := w.out(p)[0].Bytes()
+		if be16(q[60:]) == 0xffff {
+			require.True(t, enginetest.ChecksumsOK(q))
+			return
+		}
+		require.NotZero(t, be16(q[60:]))
+	}
+	t.Fatal("no sum was 0")
+}
+
 // The pod's kernel is the other station of the guest's link.
 func TestRow58PodAtTheGateway6(t *testing.T) {
 	w := newWorld6(t)
 	for name, p := range map[string][]byte{
-		"gateway":            udp6(guest6IP, gateway6IP, 1, 53, "x"),
-		"pod's address":      tcp6(guest6IP, pod6IP, 1, 80, flagSYN, 1),
-		"its link-local":     udp6(guest6IP, routerLL, 1, 53, "x"),
-		"neighbour question": enginetest.ICMPFrame(enginetest.Eth{Dst: frame.MAC{0x33, 0x33, 0xff, 0, 0, 9}, Src: guestMAC}, pair6(guest6IP, netip.MustParseAddr("ff02::1:ff00:9")), enginetest.ICMP{Type: icmp6NeighbourAsk}, make([]byte, 16)),
-		"its answer":         enginetest.ICMPFrame(ethOut, pair6(guest6IP, routerLL), enginetest.ICMP{Type: 136}, make([]byte, 16)),
+		"gateway":               udp6(guest6IP, gateway6IP, 1, 53, "x"),
+		"pod's address":         tcp6(guest6IP, pod6IP, 1, 80, flagSYN, 1),
+		"its link-local":        udp6(guest6IP, routerLL, 1, 53, "x"),
+		"an answer to it":       advert6(ethOut, guest6IP, gateway6IP, guest6IP),
+		"to its link-local one": advert6(ethOut, guest6IP, routerLL, guest6IP),
+		"of a link-local one":   advert6(ethOut, guestLL, routerLL, guestLL),
+		"to all":                advert6(ethAll, guest6IP, allNodes6, guest6IP),
 	} {
 		f := w.out(p)[0]
 		assert.Equal(t, portTap, f.Out, name)
