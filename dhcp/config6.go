@@ -122,6 +122,7 @@ const (
 	ndTargetLink = 2
 	ndPrefix     = 3
 	ndMTU        = 5
+	ndRoute      = 24 // RFC 4191, section 2.3
 	ndRDNSS      = 25
 	ndDNSSL      = 31
 
@@ -129,9 +130,11 @@ const (
 )
 
 const (
-	// routerLifetime is the longest that RFC 4861, section 6.2.1, lets a router
-	// announce; advertEvery is after how long it is announced again.
-	routerLifetime = 9000 * time.Second
+	// routerLifetime is the longest that RFC 8319, section 4, lets a router
+	// announce; advertEvery is after how long it is announced again. A guest that
+	// says nothing for that long keeps its route by the route option, if it knows
+	// that (Linux does): nobody wakes up to tell it again.
+	routerLifetime = 65535 * time.Second
 	advertEvery    = int64(routerLifetime / 4)
 )
 
@@ -140,7 +143,7 @@ const (
 const maxAdvert = 1024
 
 // routerAdvertisement is the ICMPv6 message: addresses by DHCPv6, the guest's
-// network on the link, resolvers and domains.
+// network on the link, the way to everything else, resolvers and domains.
 func (o *offer6) routerAdvertisement(search []string) []byte {
 	be := binary.BigEndian
 	const managed, other = 0x80, 0x40
@@ -149,6 +152,8 @@ func (o *offer6) routerAdvertisement(search []string) []byte {
 	b = append(b, make([]byte, 8)...) // reachable time, retransmission timer: not said
 	b = append(append(b, ndSourceLink, 1), o.ServerMAC[:]...)
 	b = be.AppendUint32(append(b, ndMTU, 1, 0, 0), uint32(o.MTU))
+
+	b = be.AppendUint32(append(b, ndRoute, 1, 0, 0), forever) // ::/0
 
 	const onLink = 0x80
 	prefix := o.Address.Masked()

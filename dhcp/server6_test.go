@@ -122,13 +122,14 @@ func TestRFC4861Sec62Row61Row63RouterAdvertisement(t *testing.T) {
 	assert.Equal(t, uint8(255), ip.HopLimit)
 	assert.True(t, ra.ManagedAddressConfig())
 	assert.True(t, ra.OtherConfig())
-	assert.Equal(t, uint16(9000), ra.RouterLifetime)
+	assert.Equal(t, uint16(65535), ra.RouterLifetime, "RFC 8319, 4")
 	options := map[layers.ICMPv6Opt][]byte{}
 	for _, o := range ra.Options {
 		options[o.Type] = o.Data
 	}
 	assert.Equal(t, DefaultServerMAC[:], options[layers.ICMPv6OptSourceAddress])
 	assert.Equal(t, []byte{0, 0, 0, 0, 0x05, 0xaa}, options[layers.ICMPv6OptMTU])
+	assert.Equal(t, []byte{0, 0, 0xff, 0xff, 0xff, 0xff}, options[ndRoute], "RFC 4191, 2.3: a default route without end")
 	prefix := options[layers.ICMPv6OptPrefixInfo]
 	assert.Equal(t, []byte{120, 0x80}, prefix[:2], "on the link, not for autoconfiguration")
 	assert.Equal(t, netip.MustParseAddr("fd10:0:2::").AsSlice(), prefix[14:30])
