@@ -122,7 +122,7 @@ func (p *Pod) ingressRules6(r *rules) {
 	r.add("ingress6", protocol6(frame.ProtoTCP), jump("transport6"))
 	r.add("ingress6", protocol6(frame.ProtoUDP), jump("transport6"))
 	r.add("ingress6", protoKey6(offSrc6), inSet("others6"), update("others6", otherIdle), jump("pod6"))
-	if p.all() {
+	if p.all6() {
 		r.add("ingress6", jump("guest6"))
 		r.add("transport6", jump("candidate6"))
 	} else {
@@ -146,7 +146,7 @@ func (p *Pod) icmpRules6(r *rules) {
 	r.add("icmp6", thField(0, 1, reg1), cmp(expr.CmpOpLte, icmp6LastError), dup(p.index), jump("pod6"))
 	r.add("icmp6", icmp(icmp6EchoReply), ipField(offSrc6, 16, reg1), thField(4, 2, reg5), inSet("echoes6"), jump("pod6"))
 	r.add("icmp6", icmp(icmp6EchoReply), jump("guest6"))
-	if p.all() {
+	if p.all6() {
 		r.add("icmp6", icmp(icmp6Echo), jump("guest6"))
 	}
 	r.add("icmp6", jump("pod6"))
@@ -165,7 +165,7 @@ func (p *Pod) fragmentRules6(r *rules) {
 }
 
 func (p *Pod) egressRules6(r *rules) {
-	if p.all() {
+	if p.all6() {
 		r.add("egress6", markIs(Mark), accept())
 	} else {
 		r.add("egress6", markIs(Mark), jump("marked6"))
@@ -181,7 +181,7 @@ func (p *Pod) egressRules6(r *rules) {
 	r.add("egress6", protocol6(frame.ProtoICMPv6), thField(0, 1, reg1), is(icmp6Echo),
 		ipField(offDst6, 16, reg1), thField(4, 2, reg5), update("echoes6", echoIdle))
 	r.add("egress6", protocol6(frame.ProtoICMPv6), accept())
-	if p.all() {
+	if p.all6() {
 		r.add("egress6", jump("seen6"))
 	} else {
 		r.add("egress6", p.inNAT(0), jump("seen6"))

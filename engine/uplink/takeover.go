@@ -130,6 +130,11 @@ func Takeover(c TakeoverConfig) (p *Pod, err error) {
 			t.Addr6 = g.Gateway6
 		}
 		tap, err := OpenTap(t)
+		if errors.Is(err, errNoIPv6) && p.c.Pod.IsValid() {
+			p.Warnings = append(p.Warnings, fmt.Sprintf("guests get no IPv6: %v", err))
+			p.c.Pod6, t.Addr6 = netip.Addr{}, netip.Prefix{}
+			tap, err = OpenTap(t)
+		}
 		if err != nil {
 			return p, err
 		}
@@ -171,18 +176,23 @@ func (c *TakeoverConfig) complete(l netlink.Link) error {
 }
 
 // firstAddr is the first address of a link that others may know, the zero value
-// if it has none.
-func firstAddr(l netlink.Link, family int) (netip.Addr, error) {
+// if it has none. One that is about to go is taken only if there is no other.
+func firstAddr(l netlink.Link, family int) (last netip.Addr, err error) {
 	addrs, err := netlink.AddrList(l, family)
 	if err != nil {
 		return netip.Addr{}, fmt.Errorf("addresses: %w", err)
 	}
 	for _, a := range addrs {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.IsGlobalUnicast() && a.Flags&unix.IFA_F_TEMPORARY == 0 {
+		ip, ok := netip.AddrFromSlice(a.IP)
+		switch {
+		case !ok || !ip.IsGlobalUnicast() || family == netlink.FAMILY_V6 && a.Flags&(unix.IFA_F_TEMPORARY|unix.IFA_F_DADFAILED) != 0:
+		case a.Flags&unix.IFA_F_DEPRECATED == 0:
 			return ip.Unmap(), nil
+		case !last.IsValid():
+			last = ip.Unmap()
 		}
 	}
-	return netip.Addr{}, nil
+	return last, nil
 }
 
 func checkGuests(guests []Guest) error {
@@ -349,6 +359,16 @@ func (p *Pod) publish(i int, ports []Port) error {
 // all says whether everything is published.
 func (p *Pod) all() bool {
 	return slices.ContainsFunc(p.ports, func(l portList) bool { return l == nil })
+}
+
+// all6 is all, of the guests that have IPv6.
+func (p *Pod) all6() bool {
+	for i, l := range p.ports {
+		if l == nil && p.c.Guests[i].Addr6.IsValid() {
+			return true
+		}
+	}
+	return false
 }
 
 // Restore puts back everything that Takeover changed. No worker may use the

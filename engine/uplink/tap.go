@@ -25,7 +25,9 @@ type TapConfig struct {
 	// Addr is the kernel's address on the tap and the prefix behind it; the
 	// zero value is none.
 	Addr netip.Prefix
-	// Addr6 is the same for IPv6. Nobody else is on the tap who could have it.
+	// Addr6 is the same for IPv6, beside the link-local address that goes with MAC:
+	// from there the kernel asks for neighbours. Nobody else is on the tap who could
+	// have them.
 	Addr6   netip.Prefix
 	MTU     int // in bytes
 	Workers int // how many workers push
@@ -83,19 +85,55 @@ func OpenTap(c TapConfig) (t *Tap, err error) {
 	if err := quiet(l, c.MTU, true); err != nil {
 		return t, err
 	}
-	for _, p := range []netip.Prefix{c.Addr, c.Addr6} {
-		if !p.IsValid() {
-			continue
+	if c.Addr.IsValid() {
+		if err := addAddr(l, c.Addr, 0); err != nil {
+			return t, err
 		}
-		a := &netlink.Addr{IPNet: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}}
-		if p.Addr().Is6() {
-			a.Flags = unix.IFA_F_NODAD
-		}
-		if err := netlink.AddrAdd(l, a); err != nil {
-			return t, fmt.Errorf("address %s: %w", p, err)
+	}
+	if c.Addr6.IsValid() {
+		if err := t.addIPv6(l, c); err != nil {
+			return t, fmt.Errorf("%w: %w", errNoIPv6, err)
 		}
 	}
 	return t, nil
+}
+
+// errNoIPv6 says that a tap could be had, but not its IPv6 addresses.
+var errNoIPv6 = errors.New("no IPv6")
+
+func (t *Tap) addIPv6(l netlink.Link, c TapConfig) error {
+	if err := attachTapFilter(t.fd, quietIPv6); err != nil {
+		return err
+	}
+	// What new links of the namespace begin with need not be what its others
+	// have. Where it cannot be written, the addresses tell.
+	_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+c.Name+"/disable_ipv6", []byte("0"), 0)
+	m := c.MAC
+	own := netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+	return errors.Join(addAddr(l, netip.PrefixFrom(own, 64), unix.IFA_F_NODAD), addAddr(l, c.Addr6, unix.IFA_F_NODAD))
+}
+
+func addAddr(l netlink.Link, p netip.Prefix, flags int) error {
+	n := &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+	if err := netlink.AddrAdd(l, &netlink.Addr{IPNet: n, Flags: flags}); err != nil {
+		return fmt.Errorf("address %s: %w", p, err)
+	}
+	return nil
+}
+
+// quietIPv6 drops what the kernel says by itself to groups, such as that it looks
+// for routers and listens to groups; questions for neighbours pass.
+var quietIPv6 = []bpf.Instruction{
+	bpf.LoadAbsolute{Off: 12, Size: 2},
+	bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.TypeIPv6, SkipTrue: 6},
+	bpf.LoadAbsolute{Off: 0, Size: 1},
+	bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: 1, SkipTrue: 4},
+	bpf.LoadAbsolute{Off: 20, Size: 1},
+	bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.ProtoICMPv6, SkipTrue: 3},
+	bpf.LoadAbsolute{Off: 54, Size: 1},
+	bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: 135, SkipTrue: 1},
+	bpf.RetConstant{Val: 1 << 20},
+	bpf.RetConstant{Val: 0},
 }
 
 // newTap makes a tap with a virtio_net_hdr of 12 bytes, or returns ErrInUse if
@@ -137,13 +175,14 @@ func newTap(name string) (fd int, uso bool, err error) {
 // quiet sets a tap of ours up, in such a way that the kernel says nothing on
 // it by itself. local lets addresses in 127.0.0.0/8 cross it.
 func quiet(l netlink.Link, mtu int, local bool) error {
+	// Settings come first: a link with an MTU below 1280 has none for IPv6.
+	if err := setInetConf(l.Attrs().Index, local); err != nil {
+		return fmt.Errorf("settings: %w", err)
+	}
 	if mtu > 0 {
 		if err := netlink.LinkSetMTU(l, mtu); err != nil {
 			return fmt.Errorf("MTU %d: %w", mtu, err)
 		}
-	}
-	if err := setInetConf(l.Attrs().Index, local); err != nil {
-		return fmt.Errorf("settings: %w", err)
 	}
 	// Without a queueing discipline workers do not meet at its lock. Where the
 	// kernel lacks it, nothing is lost but that.
