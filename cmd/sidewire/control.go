@@ -48,6 +48,7 @@ type apiError struct {
 type controller interface {
 	Status() Status
 	FDB() []StationStatus
+	Leases() []LeaseStatus
 	Flows(limit int) FlowList
 	Forwards() map[string][]forwardRequest
 	AddForward(*forwardRequest) error
@@ -166,6 +167,9 @@ func controlHandler(c controller) http.Handler {
 	})
 	mux.HandleFunc("GET /"+apiVersion+"/fdb", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, http.StatusOK, c.FDB())
+	})
+	mux.HandleFunc("GET /"+apiVersion+"/leases", func(w http.ResponseWriter, _ *http.Request) {
+		answer(w, http.StatusOK, c.Leases())
 	})
 	mux.HandleFunc("GET /"+apiVersion+"/flows", func(w http.ResponseWriter, r *http.Request) {
 		limit := maxFlowsShown

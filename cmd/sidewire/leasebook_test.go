@@ -40,6 +40,8 @@ func TestLeasesOutliveACrash(t *testing.T) {
 	require.Len(t, after, 1, "before the guest has said a word")
 	assert.Equal(t, before[0].MAC, after[0].MAC)
 	assert.True(t, before[0].Since.Equal(after[0].Since))
+	o := sidewire(t, "leases", "--socket-dir", p.dir)
+	assert.Regexp(t, `(?m)^vm2/net +10\.9\.0\.3 +`+before[0].MAC.String()+` `, o.out)
 	plugVM(t, p, "vm2", vhosttest.Options{}).withLease("10.9.0.3/24")
 	plugVM(t, p, "vm0", vhosttest.Options{}).withLease("10.9.0.4/24")
 }

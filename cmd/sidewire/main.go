@@ -52,6 +52,7 @@ func commands() []command {
 		{"demo", "", "boot a real guest and show each thing working", demoCommand},
 		{"status", "[--json]", "what a running sidewire does", statusCommand},
 		{"fdb", "[--json]", "the addresses that the switches of a running sidewire know", fdbCommand},
+		{"leases", "[--json]", "the addresses that the guests of a running sidewire have taken", leasesCommand},
 		{"flows", "[--json] [--max N]", "the flows of the guests of a running sidewire", flowsCommand},
 		{"link", "[INTERFACE] up|down", "take a guest's link up or down", linkCommand},
 		{"forward", "list|add|remove [INTERFACE] [PROTO:[ADDR:]PORT[:GUESTPORT]]", "look at or change the forwarded ports", forwardCommand},
