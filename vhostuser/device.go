@@ -54,6 +54,9 @@ type Config struct {
 	// MTU is the longest IP packet that the guest may send, in bytes, unless
 	// it is segmented; zero does not limit it.
 	MTU int
+	// Longer takes longer packets all the same, for stages that tell the guest
+	// what the MTU is.
+	Longer bool
 	// MAC is the device's address in the configuration space; zero leaves it
 	// to the frontend.
 	MAC frame.MAC

@@ -312,7 +312,7 @@ func (d *Device) headerLen() int {
 
 // maxFrame is the longest frame without GSO that the guest may send.
 func (d *Device) maxFrame() int {
-	if d.cfg.MTU == 0 {
+	if d.cfg.MTU == 0 || d.cfg.Longer {
 		return frame.MaxLen
 	}
 	return d.cfg.MTU + frame.EthernetLen + 8

@@ -85,7 +85,7 @@ func (e *ear) strangers(guest frame.MAC) (out []string) {
 // ARP, no answer to a probe for a duplicate, no RST, no port unreachable, no echo
 // reply, no IPv6. So it stays when somebody gives the link the address again, and
 // without the rules as long as nobody does.
-func TestBridgeRow43Row44KernelIsSilent(t *testing.T) {
+func TestBridgeRow43Row44KernelIsSilent_KubeVirtDAD(t *testing.T) {
 	for _, mac := range []string{"", ", macAddress: 02:00:00:00:00:77"} {
 		w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 		greet(t, w.Pod, 80, "pod")
@@ -141,7 +141,7 @@ func TestBridgeRow44GuestProbesItsAddress(t *testing.T) {
 
 // All frames pass in both directions as they are: VLANs, one in another, groups,
 // those for the next bridge only, stations that nobody knows, and any type.
-func TestBridgeRow38AllFramesPass(t *testing.T) {
+func TestBridgeRow38AllFramesPass_KubeVirt1777(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startBridge(t, w, onPod("vm", 1, ""))
 	assert.Contains(t, footprint(t, w.Pod)["ip -d -o link"], "promiscuity 1", "a NIC would not let foreign stations' frames in")

@@ -183,7 +183,7 @@ func answered(t *testing.T, g *vhosttest.Guest, asked []question) (out []questio
 
 // KubeVirt's test of the MAC spoof check: a guest is heard with its own
 // address, not with another, and again with its own. Off means off.
-func TestSpoofCheckRow80_KubeVirt(t *testing.T) {
+func TestSpoofCheckRow80_KubeVirtSpoofCheck(t *testing.T) {
 	for _, check := range []bool{true, false} {
 		t.Run(fmt.Sprint(check), func(t *testing.T) {
 			docs := onLAN("vm1", "blue", 1) + onLAN("vm2", "blue", 1) +

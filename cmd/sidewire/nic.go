@@ -58,10 +58,16 @@ func (n *nic) mac() (m frame.MAC) {
 // port's stages read, 0 for all that they can.
 func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
 	n.book = s.book
+	// Where we are the guest's router, packets longer than the MTU are its business: ICMP says so, or it takes them apart.
+	routed := n.iface.Binding == vmi.Masquerade || n.iface.Binding == vmi.Slirp
 	if !n.virtio() {
-		n.stream, err = stream.New(stream.Config{
+		c := stream.Config{
 			Name: n.name(), Path: n.socket, Client: o.mode == "client", MTU: mtu, Log: s.log.With("interface", n.name()),
-		})
+		}
+		if routed {
+			c.MTU = 0
+		}
+		n.stream, err = stream.New(c)
 		if err != nil {
 			return cannot("%w", err)
 		}
@@ -72,7 +78,7 @@ func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.M
 	}
 	n.device, err = vhostuser.NewDevice(vhostuser.Config{
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
-		QueuePairs: n.iface.QueuePairs, MTU: mtu, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
+		QueuePairs: n.iface.QueuePairs, MTU: mtu, Longer: routed, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
 		Barrier: s.engine.Barrier, Log: s.log.With("interface", n.name()), OnRARP: onRARP,
 	})
 	if err != nil {

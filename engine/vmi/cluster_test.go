@@ -80,7 +80,7 @@ func TestDefaultInterfaceRow33(t *testing.T) {
 }
 
 // Who asks for no interface gets none, from QEMU neither.
-func TestNoInterfaceRow34(t *testing.T) {
+func TestNoInterfaceRow34_KubeVirt1774(t *testing.T) {
 	docs, err := Load("testdata/guide/08-no-autoattach.yaml")
 	require.NoError(t, err)
 	assert.Empty(t, append(Validate(docs, Options{}), Unsupported(docs)...))

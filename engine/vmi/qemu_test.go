@@ -3,6 +3,7 @@ package vmi
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -156,7 +157,7 @@ func TestQEMUArgsModelsRow18Row19(t *testing.T) {
 }
 
 // Multiqueue: as many pairs as vCPUs, at most 128, and two vectors for each and two more; of other models one.
-func TestMultiqueueRow66Row68(t *testing.T) {
+func TestMultiqueueRow66Row68_KubeVirt4599(t *testing.T) {
 	for _, c := range []struct {
 		model   string
 		cpus    int
@@ -248,11 +249,11 @@ func backend(c io.ReadWriter) {
 	}
 }
 
-// places puts the addresses of NICs into got, by identifier, those behind bridges too.
+// places puts the addresses and vendors of NICs into got, by identifier, those behind bridges too.
 func places(devices []pciDevice, got map[string]string) {
 	for _, d := range devices {
 		if strings.HasPrefix(d.ID, "nic-") {
-			got[d.ID] = fmt.Sprintf("%02x:%02x.%d", d.Bus, d.Slot, d.Function)
+			got[d.ID] = fmt.Sprintf("%02x:%02x.%d of %04x", d.Bus, d.Slot, d.Function, d.Made.Vendor)
 		}
 		if d.Bridge != nil {
 			places(d.Bridge.Devices, got)
@@ -264,12 +265,13 @@ func places(devices []pciDevice, got map[string]string) {
 type pciDevice struct {
 	Bus, Slot, Function int
 	ID                  string                         `json:"qdev_id"`
+	Made                struct{ Vendor int }           `json:"id"`
 	Bridge              *struct{ Devices []pciDevice } `json:"pci_bridge"`
 }
 
-// TestQEMUTakesArgsRow19Row21Row27Row28 gives the arguments to the QEMU of this machine, lets the firmware number the buses, and looks
+// TestQEMUTakesArgsRow19Row21Row27Row28_KubeVirt1770_KubeVirtACPIIndex gives the arguments to the QEMU of this machine, lets the firmware number the buses, and looks
 // where the NICs are.
-func TestQEMUTakesArgsRow19Row21Row27Row28(t *testing.T) {
+func TestQEMUTakesArgsRow19Row21Row27Row28_KubeVirt1770_KubeVirtACPIIndex(t *testing.T) {
 	enginetest.Need(t, "qemu")
 	const binaryName = "qemu-system-x86_64"
 	version, err := AskQEMUVersion(context.Background(), binaryName)
@@ -353,6 +355,10 @@ spec:
 	want := map[string]string{"nic-far": "81:00.1", "nic-near": "01:00.0", "nic-next": "82:00.0", "nic-slot": "05:02.0", "nic-root": "00:07.0",
 		"nic-fn0": "06:00.0", "nic-fn1": "06:00.1", "nic-fn7": "06:00.7",
 		"nic-old": "00:08.0", "nic-older": "00:09.0", "nic-pcnet": "00:0a.0", "nic-ne2k": "00:0b.0", "nic-newer": "00:0c.0"}
+	vendors := map[string]string{"nic-fn7": "8086", "nic-old": "8086", "nic-newer": "8086", "nic-older": "10ec", "nic-ne2k": "10ec", "nic-pcnet": "1022"}
+	for id, at := range want {
+		want[id] = at + " of " + cmp.Or(vendors[id], "1af4")
+	}
 	got := map[string]string{}
 	replies := bufio.NewScanner(out)
 	replies.Buffer(nil, 1<<20)
