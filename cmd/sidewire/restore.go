@@ -82,9 +82,13 @@ func (s *server) restoreStale(o *options, p *plan) error {
 		for _, w := range done {
 			s.log.Info("link is put back as it was before a crash", "link", w.Link, "netns", netns, "was", w.Owner)
 		}
-		if errors.Is(err, uplink.ErrInUse) {
+		switch {
+		case errors.Is(err, uplink.ErrInUse):
 			s.log.Debug("another sidewire serves a link here", "netns", netns, "err", err)
-		} else if err != nil {
+		case errors.Is(err, uplink.ErrPrivilege):
+			// Who needs it to serve says so, and what it is needed for.
+			s.log.Debug("links of a crash are not looked for", "netns", netns, "err", err)
+		case err != nil:
 			return bridgeError(err)
 		}
 	}
