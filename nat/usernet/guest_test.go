@@ -42,6 +42,23 @@ type guestOptions struct {
 	pairs, workers, mtu int
 	features            uint64
 	poll                engine.PollMode
+	six                 bool
+}
+
+// gateway is the host's loopback as the guest knows it, and loopback as the host
+// does.
+func (o guestOptions) gateway() netip.Addr {
+	if o.six {
+		return netip.MustParseAddr("fd10:0:2::1")
+	}
+	return netip.MustParseAddr("10.0.2.2")
+}
+
+func (o guestOptions) loopback() string {
+	if o.six {
+		return "[::1]:0"
+	}
+	return "127.0.0.1:0"
 }
 
 func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
@@ -67,6 +84,9 @@ func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
 	c := usernet.Config{
 		Name: "guest", Port: guest, Guest: netip.MustParseAddr("10.0.2.15"), Gateway: netip.MustParseAddr("10.0.2.2"),
 		Prefix: netip.MustParsePrefix("10.0.2.0/24"), MAC: mac, GatewayMAC: gw, MTU: o.mtu, Workers: o.workers, Loopback: true, Ping: true, Log: quiet,
+	}
+	if o.six {
+		c.Guest, c.Gateway, c.Prefix = netip.MustParseAddr("fd10:0:2::2"), o.gateway(), netip.MustParsePrefix("fd10:0:2::/120")
 	}
 	for i, p := range d.Pairs() {
 		w := i % o.workers
@@ -100,6 +120,11 @@ func newKernelGuest(t testing.TB, o guestOptions) kernelGuest {
 		<-done
 		assert.NoError(t, n.Close())
 	})
+	if o.six {
+		enginetest.Must(t, ns.SetMTU("eth0", o.mtu), ns.Addr("eth0", "fd10:0:2::2/120"),
+			ns.Run("ip", "-6", "neigh", "add", o.gateway().String(), "lladdr", gw.String(), "dev", "eth0", "nud", "permanent"))
+		return kernelGuest{NetNS: ns, net: n, engine: e, device: d}
+	}
 	enginetest.Must(t, ns.SetMTU("eth0", o.mtu), ns.Addr("eth0", "10.0.2.15/24"), ns.Route("0.0.0.0/0", "10.0.2.2"))
 	return kernelGuest{NetNS: ns, net: n, engine: e, device: d}
 }
@@ -124,10 +149,16 @@ func TestKernelGuestTCP(t *testing.T) {
 		"jumbo":            {mtu: 65520},
 		"without offloads": {features: vhosttest.NoOffloads},
 		"legacy":           {features: vhosttest.LegacyFeatures},
+
+		"Row61 linux":            {six: true},
+		"Row61 two queues":       {six: true, pairs: 2, workers: 2},
+		"Row61 jumbo":            {six: true, mtu: 65520},
+		"Row61 without offloads": {six: true, features: vhosttest.NoOffloads},
+		"Row61 legacy":           {six: true, features: vhosttest.LegacyFeatures},
 	} {
 		t.Run(name, func(t *testing.T) {
 			g := newKernelGuest(t, o)
-			l, err := net.Listen("tcp4", "127.0.0.1:0")
+			l, err := net.Listen("tcp", o.loopback())
 			require.NoError(t, err)
 			defer l.Close()
 			port := l.Addr().(*net.TCPAddr).Port
@@ -141,7 +172,7 @@ func TestKernelGuestTCP(t *testing.T) {
 				sums <- sumOf(io.LimitReader(c, size))
 				io.Copy(c, enginetest.Data(size))
 			}()
-			c, err := g.Dial("tcp4", netip.AddrPortFrom(netip.MustParseAddr("10.0.2.2"), uint16(port)).String(), soon)
+			c, err := g.Dial("tcp", netip.AddrPortFrom(o.gateway(), uint16(port)).String(), soon)
 			require.NoError(t, err)
 			defer c.Close()
 			require.NoError(t, c.SetDeadline(time.Now().Add(2*soon)))

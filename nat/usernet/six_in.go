@@ -89,6 +89,10 @@ func (w *worker) fromSix(f *frame.Frame) bool {
 	}
 	class, hops := h[0]<<4|h[1]>>4, f.HopLimit()
 	if f.Proto == protoICMP6 {
+		if !f.Frag && int(f.HeadLen) < int(f.L4)+icmpLen {
+			f.Drop(frame.BadTransport)
+			return false
+		}
 		f.Proto = frame.ProtoICMP
 	}
 	h[0], h[1] = 0x45, class
