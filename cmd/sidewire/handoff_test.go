@@ -74,6 +74,10 @@ func listenFrames(t *testing.T, ns *enginetest.NetNS, link string) *frames {
 		if err != nil {
 			return err
 		}
+		// What a bridge floods to the link comes from elsewhere.
+		if err := unix.SetsockoptInt(f.fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1); err != nil {
+			return err
+		}
 		return unix.Bind(f.fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: l.Attrs().Index})
 	}))
 	t.Cleanup(func() { unix.Close(f.fd) })
