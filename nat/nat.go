@@ -103,6 +103,8 @@ type Guest struct {
 	MTU         int       // largest IP packet that the guest takes; 0 is no limit
 	// Ports are published by the pod's address. With none, everything is.
 	Ports []Forward
+	// Proxied gives the guest's own TCP connections to LocalTap, beyond which a process of the pod takes them.
+	Proxied bool
 }
 
 // Forward publishes the ports Port to Last of the pod's address. It is a plain

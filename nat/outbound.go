@@ -259,6 +259,8 @@ func (o *Outbound) elsewhere(f *frame.Frame) bool {
 		f.Drop(frame.Policy) // H105: nowhere, loopback, multicast, reserved, broadcast
 	case (dst^o.g.IP)&o.g.mask == 0:
 		f.Drop(frame.NoRoute) // nobody else lives there
+	case o.g.Proxied && f.Proto == frame.ProtoTCP:
+		o.local(f)
 	default:
 		return true
 	}

@@ -286,7 +286,7 @@ func (n *podNIC) guest() nat.Guest {
 	net := n.iface.Network
 	g := nat.Guest{
 		Port: n.port, LocalTap: n.tap, IP: ip4(net.Guest), Gateway: ip4(net.Gateway), Prefix: net.CIDR.Bits(),
-		MAC: n.mac(), MTU: n.pod.host.MTU(), Ports: natForwards(n.iface.Ports),
+		MAC: n.mac(), MTU: n.pod.host.MTU(), Ports: natForwards(n.published()), Proxied: n.vm.Istio,
 	}
 	if n.aliased {
 		g.Alias = nat.Alias{Guest: ip4(n.guestIP), Gateway: ip4(n.gateway.Addr())}

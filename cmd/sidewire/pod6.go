@@ -47,7 +47,7 @@ func (n *podNIC) hasSix() bool {
 
 // uplinkGuest is the guest as its pod's namespace is prepared for it.
 func (n *podNIC) uplinkGuest() uplink.Guest {
-	g := uplink.Guest{Addr: n.guestIP, Gateway: n.gateway, Ports: uplinkPorts(n.iface.Ports)}
+	g := uplink.Guest{Addr: n.guestIP, Gateway: n.gateway, Ports: uplinkPorts(n.published()), Proxy: n.proxy()}
 	if net := n.iface.Network; n.hasSix() {
 		g.Addr6, g.Gateway6 = net.Guest6, netip.PrefixFrom(net.Gateway6, net.CIDR6.Bits())
 	}
@@ -94,7 +94,7 @@ func (p *pod) wire6(ctx context.Context, c nat.Config) (err error) {
 		net := n.iface.Network
 		c6.Guests = append(c6.Guests, nat.Guest6{
 			Port: n.port, LocalTap: n.tap, IP: net.Guest6.As16(), Gateway: net.Gateway6.As16(), Prefix: net.CIDR6.Bits(),
-			MAC: n.mac(), MTU: p.host.MTU(), Ports: natForwards(n.iface.Ports),
+			MAC: n.mac(), MTU: p.host.MTU(), Ports: natForwards(n.published()),
 		})
 	}
 	if p.six.nat, err = nat.New6(c6); err != nil {

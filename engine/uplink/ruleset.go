@@ -74,7 +74,7 @@ func (p *Pod) ipTable() *nftables.Table {
 
 var (
 	chainsNetdev = []string{"ingress", "egress", "marked", "seen", "seentcp", "transport", "candidate", "icmp", "fragment", "pod", "guest"}
-	chainsIP     = []string{"unmarked", "output", "postrouting"}
+	chainsIP     = []string{"unmarked", "output", "postrouting", "prerouting"}
 
 	typeFlow  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService, nftables.TypeInetService)
 	typePair  = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
@@ -125,6 +125,7 @@ func (p *Pod) makeTables() error {
 	base("unmarked", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw)
 	base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest)
 	base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource)
+	base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityRef(proxyPriority))
 	err = errors.Join(err, c.AddSet(p.portSet(dev, "ports"), nil))
 	for i := range p.ports {
 		err = errors.Join(err, c.AddSet(p.portSet(ip, portsOf(i)), nil))
@@ -436,6 +437,7 @@ func (p *Pod) loopbackRules(r *rules) {
 				r.add("output", ipField(offDst, 4, reg1), is(loopback...), p.listed(i), nat(expr.NATTypeDestNAT, g.Addr.AsSlice()))
 			}
 		}
+		p.proxyRules(r, everything)
 	}
 	for i, g := range p.c.Guests {
 		r.add("postrouting", toTap(p.taps[i]),

@@ -58,6 +58,8 @@ type Guest struct {
 	// Ports are those published. None means everything that is not the pod's
 	// own business, nor listed by another guest.
 	Ports []Port
+	// Proxy stands between the guest and the outside; nil is none.
+	Proxy *Proxy
 }
 
 // Pod is a network namespace that was taken over for guests: their frames leave the kernel's stack for the sink, everything else stays. All

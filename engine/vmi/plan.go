@@ -19,6 +19,8 @@ type VM struct {
 	Subdomain string
 	// MigrateBridge says that the guest may be migrated although it has a bridge on the pod network.
 	MigrateBridge bool
+	// Istio says that Istio's proxy is to stand between the guest and the outside.
+	Istio bool
 
 	VCPUs    int
 	Topology CPU    // as domain.cpu has it with 1 for what is not said; all 0 if nothing is
@@ -153,8 +155,8 @@ func (v *VMI) plan() VM {
 	}
 	vm := VM{
 		Name: v.Name, Namespace: v.Namespace, NetNS: v.NetNS, Hostname: s.Hostname, Subdomain: s.Subdomain,
-		MigrateBridge: v.migrateBridge,
-		VCPUs:         int(min(max(cpus, 1), maxVCPUs)), Memory: uint64(max(memory, 0)),
+		MigrateBridge: v.migrateBridge, Istio: v.istio != "",
+		VCPUs: int(min(max(cpus, 1), maxVCPUs)), Memory: uint64(max(memory, 0)),
 	}
 	if s.CPU != (CPU{}) {
 		vm.Topology = CPU{max(s.CPU.Sockets, 1), max(s.CPU.Cores, 1), max(s.CPU.Threads, 1)}

@@ -14,8 +14,8 @@ func Unsupported(docs Docs) []Fault {
 				faults = append(faults, v.fault(Error, field, "not supported yet: "+format, args...))
 			}
 		}
-		if v.istio != "" && len(faults) < maxFaults {
-			faults = append(faults, v.fault(Warning, v.istio, "%s", v.istioMissing()))
+		if v.istio != "" && v.bridgesPod() && len(faults) < maxFaults {
+			faults = append(faults, v.fault(Warning, v.istio, "the guest's traffic does not pass Istio's proxy: with a bridge the pod has no address; use masquerade: {}"))
 		}
 		for j := range v.Spec.Interfaces {
 			f := &v.Spec.Interfaces[j]
@@ -57,15 +57,9 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 	}
 }
 
-// istioMissing says what is not done for a VMI that is to be in an Istio mesh. KubeVirt gives such a guest nothing but
-// port 22 directly: the rest goes through the proxy, whose own ports stay with the pod.
-func (v *VMI) istioMissing() string {
-	text := "not supported yet: the guest's traffic does not pass Istio's proxy, in neither direction"
-	for i := range v.Spec.Interfaces {
-		if f := &v.Spec.Interfaces[i]; f.has(Masquerade) && len(f.Ports)+len(f.PortRanges) == 0 {
-			return text + "; as no ports are listed, the guest also takes those of the proxy (15000, 15001, 15004, 15006, " +
-				"15008, 15009, 15020, 15021, 15053, 15090), from outside and on 127.0.0.1: list the guest's ports"
-		}
-	}
-	return text
+// bridgesPod says whether the VMI has a bridge on the pod network.
+func (v *VMI) bridgesPod() bool {
+	return slices.ContainsFunc(v.Spec.Interfaces, func(f InterfaceSpec) bool {
+		return f.has(Bridge) && slices.ContainsFunc(v.Spec.Networks, func(n NetworkSpec) bool { return n.Name == f.Name && n.Pod != nil })
+	})
 }

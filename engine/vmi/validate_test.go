@@ -304,36 +304,37 @@ func TestMisspeltBinding(t *testing.T) {
 	assert.Len(t, Validate(docs, Options{}), 2, "two bindings are one too many all the same")
 }
 
-// A VMI that asks for Istio's proxy is served, and told what it does not get.
-func TestIstio(t *testing.T) {
-	const text = "warning metadata.annotations.sidecar.istio.io/inject: not supported yet: the guest's traffic does not pass Istio's proxy, in neither direction"
-	const more = "; as no ports are listed, the guest also takes those of the proxy (15000, 15001, 15004, 15006, " +
-		"15008, 15009, 15020, 15021, 15053, 15090), from outside and on 127.0.0.1: list the guest's ports"
+// A VMI that asks for Istio's proxy gets it where masquerade can give it.
+func TestIstioRow83(t *testing.T) {
+	const text = "warning metadata.annotations.sidecar.istio.io/inject: the guest's traffic does not pass Istio's proxy: with a bridge the pod has no address; use masquerade: {}"
 	with := func(annotation, iface string) string {
 		return strings.Replace(spec(iface, ""), "{name: v}", "{name: v, annotations: {"+annotation+"}}", 1)
 	}
 	for _, c := range []struct {
 		yaml string
 		want []string
+		mesh bool
 	}{
-		{with(`sidecar.istio.io/inject: "true"`, ""), []string{text + more}},
-		{with(`sidecar.istio.io/inject: "True", other: 1`, masqA+"\nports: [{port: 80}]"), []string{text}},
-		{with(`sidecar.istio.io/inject: "false"`, ""), []string{}},
-		{with(`other: true`, ""), []string{}},
+		{with(`sidecar.istio.io/inject: "true"`, ""), []string{}, true},
+		{with(`sidecar.istio.io/inject: "True", other: 1`, masqA+"\nports: [{port: 80}]"), []string{}, true},
+		{with(`sidecar.istio.io/inject: "true"`, "name: a\nbridge: {}"), []string{text}, true},
+		{with(`sidecar.istio.io/inject: "false"`, ""), []string{}, false},
+		{with(`other: true`, ""), []string{}, false},
 		{"kind: VirtualMachine\nmetadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}\n" +
-			"spec: {template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}, networks: [{name: a, pod: {}}]}}}", []string{}},
+			"spec: {template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}, networks: [{name: a, pod: {}}]}}}", []string{}, false},
 		{"kind: VM\nspec: {domain: {devices: {interfaces: [{name: a, masquerade: {}, ports: [{port: 22}]}]}}, networks: [{name: a, pod: {}}]}\n" +
-			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{text}},
+			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{}, true},
 		{"kind: VirtualMachine\nspec: {template: {spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}}]}}, networks: [{name: a, pod: {}}]}}}\n" +
-			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{}},
+			"metadata: {name: v, annotations: {sidecar.istio.io/inject: 'true'}}", []string{}, false},
 		{"kind: VirtualMachine\nmetadata: {name: v}\nspec: {template: {metadata: {annotations: {sidecar.istio.io/inject: 'true'}}, " +
-			"spec: {domain: {devices: {interfaces: [{name: a, masquerade: {}, ports: [{port: 22}]}]}}, networks: [{name: a, pod: {}}]}}}",
-			[]string{strings.Replace(text, "metadata", "spec.template.metadata", 1)}},
+			"spec: {domain: {devices: {interfaces: [{name: a, bridge: {}}]}}, networks: [{name: a, pod: {}}]}}}",
+			[]string{strings.Replace(text, "metadata", "spec.template.metadata", 1)}, true},
 	} {
 		docs, err := Parse("v.yaml", []byte(c.yaml))
 		require.NoError(t, err)
 		assert.Empty(t, Validate(docs, Options{}), c.yaml)
 		assert.Equal(t, c.want, lines(Unsupported(docs)), c.yaml)
+		assert.Equal(t, c.mesh, Plan(docs)[0].Istio, c.yaml)
 	}
 	docs, err := Parse("v.yaml", []byte(with("sidecar.istio.io/inject: true", "")))
 	require.NoError(t, err)
