@@ -261,6 +261,9 @@ func (n *userNIC) status(*server) InterfaceStatus {
 func (n *userNIC) forwards() []forwardRequest {
 	out := []forwardRequest{}
 	for _, f := range n.forwarded() {
+		if n.redirect != nil && n.inRange(f) {
+			continue // of IPv6; the range itself is listed below
+		}
 		r := forwardRequest{Protocol: protoName(f.Proto), Address: f.Addr, Port: f.Port}
 		if f.Guest != f.Port {
 			r.Guest = f.Guest

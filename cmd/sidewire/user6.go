@@ -12,6 +12,7 @@ import (
 	"sidewire/dhcp"
 	"sidewire/engine"
 	"sidewire/engine/frame"
+	"sidewire/engine/uplink"
 	"sidewire/nat/usernet"
 )
 
@@ -222,4 +223,11 @@ func (i *InterfaceStatus) sockets() (out []*usernet.Stats) {
 		out = append(out, i.IPv6.Sockets)
 	}
 	return out
+}
+
+// inRange says whether a forward is a port of the ranges that the VMI lists.
+func (n *userNIC) inRange(f usernet.Forward) bool {
+	return !f.Addr.IsValid() && f.Port == f.Guest && slices.ContainsFunc(n.ranges, func(p uplink.Port) bool {
+		return p.Proto == f.Proto && p.Port <= f.Port && f.Port <= p.Last
+	})
 }

@@ -150,3 +150,24 @@ func TestRow61Row62StaticOnSockets(t *testing.T) {
 	_, err = w.Outside.Dial("tcp6", net.JoinHostPort(enginetest.PodIP6, "8081"), 5*time.Second)
 	assert.ErrorContains(t, err, "refused")
 }
+
+// A redirect leads ranges of ports by IPv4, sockets of their own do by IPv6.
+func TestRow61PortRangesOnSockets(t *testing.T) {
+	enginetest.Need(t, "netns", "tun", "nft")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
+	p := startWith(t, w, ",+net_admin", withRanges(spec("vm", 1), "tcp:2000-2009"), rangesGate)
+	v := sixVM(t, p)
+	enginetest.Must(t, v.ns.Up("eth0"), v.ns.Addr("eth0", guestSix+"/120"), v.ns.Route("default", gatewaySix),
+		v.ns.Addr("eth0", "10.0.2.2/24"), v.ns.Route("default", "10.0.2.1"))
+	seen := make(chan string, 1)
+	listen(t, v.ns, "tcp", ":2009", func(c net.Conn) { seen <- c.RemoteAddr().(*net.TCPAddr).IP.String() })
+	// The guest's frames tell who it is.
+	v.try("ping", "-c", "1", "-W", "1", "10.0.2.1")
+	for client, to := range map[string]string{enginetest.OutsideIP: enginetest.PodIP, enginetest.OutsideIP6: enginetest.PodIP6} {
+		c, err := w.Outside.Dial("tcp", net.JoinHostPort(to, "2009"), soon)
+		require.NoError(t, err)
+		c.Close()
+		assert.Equal(t, client, <-seen)
+	}
+	assert.Len(t, p.status().Interfaces[0].Forwards, 1)
+}

@@ -52,12 +52,15 @@ func (n *userNIC) publish(s *server) error {
 }
 
 // publishRanges leads the ranges of ports that the VMI lists to the guest: by one
-// redirect, or, where we may not do that, by a socket for each port as far as
-// there are descriptors for them.
+// redirect, or, where we may not do that, and for IPv6, by a socket for each port
+// as far as there are descriptors for them.
 func (n *userNIC) publishRanges(s *server) {
-	why := n.lead(s, n.ranges...)
+	why, add := n.lead(s, n.ranges...), n.forward
 	if why == "" {
-		return
+		if n.six.net == nil {
+			return
+		}
+		why, add = "the redirect is of IPv4", n.six.net.AddForward
 	}
 	log := s.log.With("interface", n.name())
 	room := min(maxForwardRange, s.socketShare/rangeShare)
@@ -68,10 +71,10 @@ func (n *userNIC) publishRanges(s *server) {
 			f := usernet.Forward{Proto: p.Proto, Port: uint16(port)}
 			err := errNoRoom
 			if room > 0 {
-				err = n.forward(f)
+				err = add(f)
 			}
 			if err == nil {
-				room--
+				room -= len(n.of(f))
 				continue
 			}
 			if reason == nil {

@@ -272,13 +272,17 @@ func (n *Net) familyName() string {
 
 // putAddr writes a socket's address. That of nobody in particular is 0.
 func (n *Net) putAddr(a *sockAddr, addr uint32, port uint16) {
-	a.Port = netPort(port)
-	if n.six == nil {
-		a.Family = unix.AF_INET
-		binary.BigEndian.PutUint32(a.Addr[:], addr)
+	if n.six != nil {
+		n.six.put(a, addr, port)
 		return
 	}
-	*a = sockAddr{Family: unix.AF_INET6, Port: a.Port, six: n.six.address(addr)}
+	a.Family, a.Port = unix.AF_INET, netPort(port)
+	binary.BigEndian.PutUint32(a.Addr[:], addr)
+}
+
+// put is putAddr for IPv6.
+func (s *six) put(a *sockAddr, addr uint32, port uint16) {
+	*a = sockAddr{Family: unix.AF_INET6, Port: netPort(port), six: s.address(addr)}
 }
 
 // addrIn is the address in a socket's address. 0 is one that there is no number
@@ -312,9 +316,14 @@ func (n *Net) numberOf(a netip.Addr) uint32 {
 
 // setIP sets an option of IP, which has the number that IPv4 gives it.
 func (n *Net) setIP(fd int32, opt int, v int32) unix.Errno {
-	if n.six == nil {
-		return setInt(fd, unix.SOL_IP, opt, v)
+	if n.six != nil {
+		return setIP6(fd, opt, v)
 	}
+	return setInt(fd, unix.SOL_IP, opt, v)
+}
+
+// setIP6 is setIP for IPv6.
+func setIP6(fd int32, opt int, v int32) unix.Errno {
 	switch opt {
 	case unix.IP_TTL:
 		opt = unix.IPV6_UNICAST_HOPS
@@ -341,12 +350,17 @@ func (n *Net) setIP(fd int32, opt int, v int32) unix.Errno {
 // pseudo is the sum of the pseudo-header of a packet between the guest and an
 // address, whichever way it goes.
 func (n *Net) pseudo(addr uint32, proto uint8, length int) uint64 {
-	if n.six == nil {
-		return pseudoSum(addr, n.guest, proto, length)
+	if n.six != nil {
+		return n.six.pseudo(addr, proto, length)
 	}
-	a := n.six.address(addr)
+	return pseudoSum(addr, n.guest, proto, length)
+}
+
+// pseudo is that of IPv6.
+func (s *six) pseudo(addr uint32, proto uint8, length int) uint64 {
+	a := s.address(addr)
 	if proto == frame.ProtoICMP {
 		proto = protoICMP6
 	}
-	return frame.Sum(a[:], n.six.guestSum+uint64(proto)+uint64(length>>16)+uint64(length&0xffff))
+	return frame.Sum(a[:], s.guestSum+uint64(proto)+uint64(length>>16)+uint64(length&0xffff))
 }

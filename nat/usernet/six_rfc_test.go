@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -406,4 +407,57 @@ func TestRow61Allocs(t *testing.T) {
 		f.SetBytes(seg, nil, batch.Segs(1))
 		w.net.Process(batch)
 	}))
+}
+
+// Workers give numbers, and take them back, while others work with theirs.
+func TestRow61ConcurrentNumbers(t *testing.T) {
+	const many = 3
+	w := newWorld(t, ofSix, workers(many), func(c *Config) { c.Policy.Rules = []Rule{{Prefix: netip.MustParsePrefix("2001:db8::/32")}} })
+	host, at := hostUDP6(t)
+	stop := make(chan struct{})
+	go func() { // every answer is from whom the guest has asked
+		defer close(stop)
+		buf := make([]byte, 100)
+		for {
+			n, from, err := host.ReadFrom(buf)
+			if err != nil {
+				return
+			}
+			_, _ = host.WriteTo(buf[:n], from)
+		}
+	}()
+	var done sync.WaitGroup
+	for i := range many {
+		done.Go(func() {
+			b, q := &frame.Batch{Worker: i}, w.net.Queue(i)
+			for round := range 5 * sixFew / 32 / many {
+				now := w.now + int64(round)<<20
+				b.Reset(now)
+				for k := range 32 {
+					a := netip.MustParseAddr("2001:db8::").As16()
+					a[4] = byte(i)
+					binary.BigEndian.PutUint32(a[12:], uint32(32*round+k))
+					b.Next().SetBytes(udpTo(uint16(1000+k), netip.AddrPortFrom(netip.AddrFrom16(a), 1), "x"), nil, nil)
+				}
+				b.Next().SetBytes(udpTo(uint16(46000+round%6), gateway6(at.Port()), "x"), nil, nil)
+				w.net.Process(b)
+				b.Reset(now)
+				if q.Pull(b) > 0 {
+					for k := range b.Len() {
+						if f := b.Frame(k); f.Proto == frame.ProtoUDP {
+							f.L3 = frame.EthernetLen
+							assert.Equal(t, gatewayIP6, netip.AddrFrom16(*f.SrcIP6()))
+						}
+					}
+					q.Release(b)
+				}
+			}
+		})
+	}
+	done.Wait()
+	host.Close()
+	<-stop
+	w.net.sweep()
+	assert.LessOrEqual(t, len(w.net.six.numbers), 2*sixFew)
+	assert.Zero(t, w.net.six.elsewhere.Load())
 }
