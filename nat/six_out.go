@@ -55,7 +55,7 @@ func (o *Outbound6) frame(b *frame.Batch, f *frame.Frame, r *run6) {
 		f.Drop(frame.NotCarried)
 	case *from != o.g.ip, advertises(f) && !o.owns(f):
 		f.Drop(frame.Spoofed)
-	case *to == o.g.gateway, *to == m.router, m.isLocal(to):
+	case *to == o.g.gateway, *to == m.router, *to == m.external:
 		o.local(f)
 	default:
 		o.ip(b, f, r, frag)
@@ -114,13 +114,15 @@ func (o *Outbound6) local(f *frame.Frame) {
 func (o *Outbound6) ip(b *frame.Batch, f *frame.Frame, r *run6, frag frame.Frag6) {
 	m := o.m
 	if f.HopLimit() <= 1 {
-		m.replyError(b, f, o.g, icmp6TimeExceeded, 0, 0)
-		f.Drop(frame.TTLExpired)
+		o.lastHop(b, f)
 		return
 	}
 	switch {
 	case frag.Offset != 0:
 		o.fragment(b, f, frag)
+		return
+	case f.Proto == frame.ProtoICMPv6 && f.L4Bytes()[0] < icmp6Echo && m.isLocal(f.DstIP6()):
+		o.local(f) // about what the pod's kernel sent
 		return
 	case f.Proto == frame.ProtoICMPv6 && f.L4Bytes()[0] < icmp6Echo:
 		o.icmpError(b, f, frag)
@@ -172,17 +174,29 @@ func (o *Outbound6) ip(b *frame.Batch, f *frame.Frame, r *run6, frag frame.Frag6
 	m.m.send(f, hop, b.Now)
 }
 
+// lastHop answers a packet whose hops end here, unless it is for the pod itself.
+func (o *Outbound6) lastHop(b *frame.Batch, f *frame.Frame) {
+	if o.m.isLocal(f.DstIP6()) {
+		o.local(f)
+		return
+	}
+	o.m.replyError(b, f, o.g, icmp6TimeExceeded, 0, 0)
+	f.Drop(frame.TTLExpired)
+}
+
 // refuse drops a packet and tells its sender so.
 func (m *Masquerade6) refuse(b *frame.Batch, f *frame.Frame, g *guest6, code uint8, reason frame.DropReason) {
 	m.replyError(b, f, g, icmp6Unreachable, code, 0)
 	f.Drop(reason)
 }
 
-// elsewhere says whether a packet is for somebody beyond the guest's own
-// network. Otherwise it has got its verdict.
+// elsewhere says whether a packet is for somebody beyond the pod and the guest's
+// own network. Otherwise it has got its verdict.
 func (o *Outbound6) elsewhere(f *frame.Frame) bool {
 	to := f.DstIP6()
 	switch {
+	case o.m.isLocal(to):
+		o.local(f)
 	case martian(to):
 		f.Drop(frame.Policy) // H105
 	case o.g.net.Contains(netip.AddrFrom16(*to)):

@@ -37,6 +37,10 @@ func (r *oneHop6) Route(dst Addr6) *frame.Hop {
 	return r.hop
 }
 
+type localSet6 map[Addr6]bool
+
+func (s localSet6) Local(ip Addr6) bool { return s[ip] }
+
 // world6 is a Masquerade6 with a clock set by hand and one batch.
 type world6 struct {
 	t      testing.TB
@@ -455,15 +459,20 @@ func TestRFC8200Sec81UDPChecksum6(t *testing.T) {
 
 // The pod's kernel is the other station of the guest's link.
 func TestRow58PodAtTheGateway6(t *testing.T) {
-	w := newWorld6(t)
+	other := netip.MustParseAddr("2001:db8:7::1")
+	w := newWorld6(t, func(c *Config6) { c.Local = localSet6{other.As16(): true} })
+	last := udp6(guest6IP, other, 1, 53, "x")
+	last[21] = 1
 	for name, p := range map[string][]byte{
-		"gateway":               udp6(guest6IP, gateway6IP, 1, 53, "x"),
-		"pod's address":         tcp6(guest6IP, pod6IP, 1, 80, flagSYN, 1),
-		"its link-local":        udp6(guest6IP, routerLL, 1, 53, "x"),
-		"an answer to it":       advert6(ethOut, guest6IP, gateway6IP, guest6IP),
-		"to its link-local one": advert6(ethOut, guest6IP, routerLL, guest6IP),
-		"of a link-local one":   advert6(ethOut, guestLL, routerLL, guestLL),
-		"to all":                advert6(ethAll, guest6IP, allNodes6, guest6IP),
+		"another of the pod's":     udp6(guest6IP, other, 1, 53, "x"),
+		"the same at its last hop": last,
+		"gateway":                  udp6(guest6IP, gateway6IP, 1, 53, "x"),
+		"pod's address":            tcp6(guest6IP, pod6IP, 1, 80, flagSYN, 1),
+		"its link-local":           udp6(guest6IP, routerLL, 1, 53, "x"),
+		"an answer to it":          advert6(ethOut, guest6IP, gateway6IP, guest6IP),
+		"to its link-local one":    advert6(ethOut, guest6IP, routerLL, guest6IP),
+		"of a link-local one":      advert6(ethOut, guestLL, routerLL, guestLL),
+		"to all":                   advert6(ethAll, guest6IP, allNodes6, guest6IP),
 	} {
 		f := w.out(p)[0]
 		assert.Equal(t, portTap, f.Out, name)
