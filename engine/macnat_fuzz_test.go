@@ -43,6 +43,11 @@ func FuzzMACNAT(f *testing.F) {
 			f.Add(tag(tag(tag(b, typeVLAN, 5), typeQinQ, 5), typeVLAN, 0), byte(18), uint16(0), uint16(0))
 		}
 	}
+	asked := enginetest.UDPFrame(enginetest.Eth{Src: outMAC, Dst: linkMAC}, enginetest.IP{Src: ip4Out, Dst: ip4Out.Next()}, enginetest.UDP{Src: 5, Dst: 6}, nil)
+	for range 22 {
+		asked = tag(asked, typeVLAN, 5)
+	}
+	f.Add(asked, byte(128), uint16(0), uint16(0))
 	f.Fuzz(func(t *testing.T, data []byte, snapshot byte, start, off uint16) {
 		if len(data) > 3000 {
 			return

@@ -56,7 +56,8 @@ var askLimit = newStormLimit(200)
 // teaches us for the next.
 func (n *MACNAT) ask(f *frame.Frame, off int, now int64) {
 	from, to := key4(f.Head[off+12:], 0), key4(f.Head[off+16:], 0)
-	if !from.unicast() || !to.unicast() || !n.asked.take(askLimit, now) {
+	// Behind many tags it has no room.
+	if off+arpLen > frame.HeadSize || !from.unicast() || !to.unicast() || !n.asked.take(askLimit, now) {
 		f.Drop(frame.NoRoute)
 		return
 	}

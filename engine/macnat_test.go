@@ -372,6 +372,32 @@ func TestMACNATAsks(t *testing.T) {
 	}
 }
 
+// A packet behind so many tags that the question for its address has no room is
+// dropped, as is one whose head ends anywhere on the way there.
+func TestMACNATAsksBehindManyTags(t *testing.T) {
+	packet := enginetest.UDPFrame(enginetest.Eth{Src: outMAC, Dst: linkMAC}, enginetest.IP{Src: ip4Out, Dst: ip4G2}, enginetest.UDP{Src: 5, Dst: 6}, make([]byte, 100))
+	for tags := range 40 {
+		b := newNATBed(t, MACNATConfig{}, twoGuests()...)
+		f := packet
+		for range tags {
+			f = tag(f, typeVLAN, 5)
+		}
+		for _, snapshot := range []int{frame.EthernetLen, 18, frame.HeadSize} {
+			b.batch.Reset(b.batch.Now)
+			fr := setSnapshot(b.batch, f, snapshot, b.ids[0])
+			b.stages[0].Process(b.batch)
+			b.deliver(0)
+			got := b.got()
+			if asked := frame.EthernetLen+tags*vlanLen+arpLen <= frame.HeadSize; asked {
+				assert.Len(t, got[1], 1, "%d tags", tags)
+			} else {
+				assert.Empty(t, got[1], "%d tags", tags)
+				assert.NotEqual(t, frame.ReasonNone, fr.Reason)
+			}
+		}
+	}
+}
+
 // With one guest all that is unicast is for it, but what is the host's.
 func TestMACNATOneGuest(t *testing.T) {
 	in := enginetest.Eth{Src: outMAC, Dst: linkMAC}
