@@ -1,6 +1,7 @@
 package uplink
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -8,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"sidewire/engine/frame"
@@ -23,12 +25,18 @@ const guestFlags = unix.IFA_F_NOPREFIXROUTE | unix.IFA_F_NODAD
 // GuestAddrs keeps the IP addresses that guests have among those of a link which
 // the kernel gives what is for its addresses alone (LinkKind.ByIP). The kernel
 // must be silent on the link (Delegate with KeepAddrs), or it answers for them.
+//
+// To the namespace itself they stay strangers: the kernel's local route to each is
+// taken away as soon as there is one. A guest may call itself what it likes, also
+// what others here talk to, such as their gateway or their resolver.
 type GuestAddrs struct {
 	h       *netlink.Handle
 	link    netlink.Link
 	guests  func(yield func(netip.Addr, frame.MAC) bool)
 	refused func(error)
 	added   map[netip.Addr]bool
+	routes  *nl.NetlinkSocket
+	routed  chan netip.Addr // the kernel leads an address to itself; not valid: any of them
 	stop    chan struct{}
 	done    sync.WaitGroup
 }
@@ -45,18 +53,82 @@ func KeepGuestAddrs(name string, learned <-chan struct{}, guests func(yield func
 	if err != nil {
 		return nil, fmt.Errorf("addresses of %s: %w", name, err)
 	}
-	g := &GuestAddrs{h: h, link: l, guests: guests, refused: refused, added: map[netip.Addr]bool{}, stop: make(chan struct{})}
+	routes, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("addresses of %s: %w", name, err)
+	}
+	g := &GuestAddrs{
+		h: h, link: l, guests: guests, refused: refused, added: map[netip.Addr]bool{},
+		routes: routes, routed: make(chan netip.Addr), stop: make(chan struct{}),
+	}
+	g.done.Go(g.watchRoutes)
 	g.done.Go(func() {
+		g.follow()
 		for {
-			g.follow()
 			select {
 			case <-learned:
+				g.follow()
+			case a := <-g.routed:
+				g.unroute(a)
 			case <-g.stop:
 				return
 			}
 		}
 	})
 	return g, nil
+}
+
+// watchRoutes tells of local routes by the link, until routes is closed.
+func (g *GuestAddrs) watchRoutes() {
+	tell := func(a netip.Addr) {
+		select {
+		case g.routed <- a:
+		case <-g.stop:
+		}
+	}
+	for {
+		msgs, _, err := g.routes.Receive()
+		switch {
+		case err == nil:
+			for _, m := range msgs {
+				if a, ok := localRoute(m.Data, g.link.Attrs().Index); ok && m.Header.Type == unix.RTM_NEWROUTE {
+					tell(a)
+				}
+			}
+		case errors.Is(err, unix.ENOBUFS):
+			tell(netip.Addr{})
+		case errors.Is(err, unix.EINTR):
+		default:
+			return
+		}
+	}
+}
+
+// localRoute is the address that a route message leads to the namespace itself by
+// a link.
+func localRoute(m []byte, index int) (a netip.Addr, ok bool) {
+	if len(m) < sizeofRoute || m[rtTableAt] != unix.RT_TABLE_LOCAL || m[rtTypeAt] != unix.RTN_LOCAL {
+		return a, false
+	}
+	if oif := attr(m, sizeofRoute, unix.RTA_OIF); len(oif) != 4 || int(binary.NativeEndian.Uint32(oif)) != index {
+		return a, false
+	}
+	return netip.AddrFromSlice(attr(m, sizeofRoute, unix.RTA_DST))
+}
+
+// unroute takes the local route to an address that we added away, or to all of
+// them. There may be none yet, which the kernel tells when there is.
+func (g *GuestAddrs) unroute(a netip.Addr) {
+	if !a.IsValid() {
+		for a := range g.added {
+			g.unroute(a)
+		}
+	} else if g.added[a] {
+		_ = g.h.RouteDel(&netlink.Route{
+			LinkIndex: g.link.Attrs().Index, Dst: guestAddr(a).IPNet, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
+		})
+	}
 }
 
 // follow adds and removes what has changed.
@@ -73,12 +145,13 @@ func (g *GuestAddrs) follow() {
 	}
 	own := g.own()
 	for a := range now {
-		if g.added[a] || own[a] {
-			continue // or it is the link's, which the guest was handed
+		if own[a] {
+			continue // ours, or the link's, which the guest was handed
 		}
 		switch err := g.h.AddrAdd(g.link, guestAddr(a)); {
 		case err == nil:
 			g.added[a] = true
+			g.unroute(a)
 		case g.refused != nil:
 			g.refused(fmt.Errorf("address %s of a guest on %s: %w", a, g.link.Attrs().Name, err))
 			g.refused = nil
@@ -110,6 +183,7 @@ func guestAddr(a netip.Addr) *netlink.Addr {
 // Close takes away what was added.
 func (g *GuestAddrs) Close() {
 	close(g.stop)
+	g.routes.Close()
 	g.done.Wait()
 	g.guests = func(func(netip.Addr, frame.MAC) bool) {}
 	g.follow()
