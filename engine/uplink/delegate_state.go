@@ -163,7 +163,7 @@ func (f stateFile) load() (*Saved, error) {
 // read is load for the file. One of another boot is removed: its namespaces are
 // gone.
 func (f stateFile) read() (*Saved, error) {
-	file, err := os.Open(f.path)
+	file, err := os.OpenFile(f.path, unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}
@@ -190,7 +190,8 @@ func (f stateFile) read() (*Saved, error) {
 	return s, nil
 }
 
-// whole says whether the kernel's messages are at least as long as their heads.
+// whole says whether what was read is what takeSnapshot makes: messages as the
+// kernel has them, which end with padding, and IPv4 where it must be.
 func (s *Saved) whole() bool {
 	k := &s.Kernel
 	for _, list := range []struct {
@@ -199,11 +200,14 @@ func (s *Saved) whole() bool {
 	}{
 		{k.Addrs, sizeofAddr}, {k.Addrs6, sizeofAddr}, {k.Routes, sizeofRoute}, {k.Routes6, sizeofRoute}, {k.Neighbours, sizeofNeigh},
 	} {
-		if slices.ContainsFunc(list.ms, func(m []byte) bool { return len(m) < list.head }) {
+		if slices.ContainsFunc(list.ms, func(m []byte) bool { return len(m) < list.head || len(m)%unix.NLMSG_ALIGNTO != 0 }) {
 			return false
 		}
 	}
-	return len(k.Addrs) == len(s.Addrs) && len(k.Addrs6) == len(s.Addrs6)
+	return slices.Equal(prefixes(k.Addrs), s.Addrs) && slices.Equal(prefixes(k.Addrs6), s.Addrs6) &&
+		len(k.Addrs) == len(s.Addrs) && len(k.Addrs6) == len(s.Addrs6) &&
+		!slices.ContainsFunc(s.Neighbours, func(n Neighbour) bool { return !n.Addr.Is4() }) &&
+		!slices.ContainsFunc(s.Routes, func(r LinkRoute) bool { return !r.Dest.IsValid() || !r.Dest.Addr().Is4() || r.Via.IsValid() && !r.Via.Is4() })
 }
 
 // store writes it down so that it is there after a crash of the machine too.
