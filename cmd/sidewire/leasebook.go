@@ -14,7 +14,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync"
 	"time"
 
@@ -33,6 +32,9 @@ const (
 	// bookPause is between two writings, however often guests take leases;
 	// bookStale is how far the end of a lease moves before that alone is worth one.
 	bookPause, bookStale = 2 * time.Second, time.Hour
+	// bookPatience is how long the lock may be another's, and bookRetry how often
+	// it is tried.
+	bookPatience, bookRetry = 5 * time.Second, 10 * time.Millisecond
 )
 
 // leaseBook is the file in which addresses and leases outlast a run. Processes
@@ -260,7 +262,7 @@ func (b *leaseBook) complainLocked(err error) {
 
 // read reads the file, which need not be there.
 func (b *leaseBook) read() (page bookPage, err error) {
-	f, err := os.Open(b.path)
+	f, err := os.OpenFile(b.path, unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return bookPage{Version: bookVersion}, nil
 	}
@@ -296,7 +298,7 @@ func (b *leaseBook) change(edit func(*bookPage) (changed bool)) error {
 		return err
 	}
 	defer d.Close() // and with it the lock
-	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX); err != nil {
+	if err := lockWithin(int(d.Fd()), bookPatience); err != nil {
 		return fmt.Errorf("lock %s: %w", dir, err)
 	}
 	page, err := b.read()
@@ -310,7 +312,7 @@ func (b *leaseBook) change(edit func(*bookPage) (changed bool)) error {
 	if err != nil {
 		return err
 	}
-	temp := filepath.Join(dir, ".leases."+strconv.Itoa(os.Getpid()))
+	temp := filepath.Join(dir, ".leases.new") // nobody else writes it: the lock is ours
 	if err := writeSynced(temp, data); err != nil {
 		return errors.Join(err, os.Remove(temp))
 	}
@@ -320,8 +322,24 @@ func (b *leaseBook) change(edit func(*bookPage) (changed bool)) error {
 	return d.Sync()
 }
 
+// lockWithin takes a lock that others hold for a moment, unless they are stopped.
+func lockWithin(fd int, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; time.Sleep(bookRetry) {
+		err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EINTR):
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return err
+		case time.Now().After(end):
+			return fmt.Errorf("another process has kept it for %v", patience)
+		}
+	}
+}
+
 func writeSynced(name string, data []byte) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}

@@ -21,6 +21,9 @@ func restoreCommand(_ context.Context, args []string, out, errw io.Writer) error
 	if err := parse(fs, args); err != nil {
 		return err
 	}
+	if err := o.checkStateDir(); err != nil {
+		return err
+	}
 	if len(spaces) == 0 {
 		spaces = list{""}
 	}

@@ -37,6 +37,9 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err := o.check(); err != nil {
 		return err
 	}
+	if err := o.checkStateDir(); err != nil {
+		return err
+	}
 	level := slog.LevelInfo
 	if o.verbose {
 		level = slog.LevelDebug
