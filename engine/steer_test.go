@@ -13,7 +13,7 @@ import (
 
 // TestSwitchSteers: a flow's frames go to the queue that the guest last sent
 // that flow from, whatever the snapshot holds.
-func TestSwitchSteers(t *testing.T) {
+func TestSwitchSteersRow67(t *testing.T) {
 	ip6 := [2]netip.Addr{netip.MustParseAddr("fd00::1"), netip.MustParseAddr("fd00::2")}
 	ip4 := [2]netip.Addr{ip4A, ip4B}
 	build := func(kind string, port uint16, back bool, bcast bool) []byte {

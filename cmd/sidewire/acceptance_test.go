@@ -129,29 +129,23 @@ func TestMTURow35Row36_KubeVirtMTU(t *testing.T) {
 	}
 	for _, path := range []string{"packet", "socket"} {
 		t.Run(path, func(t *testing.T) {
-			six := path == "packet"
-			w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: mtu, IPv6: six})
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: mtu, IPv6: true})
 			pings(t, w)
 			p := startSidewire(t, w, spec("vm", 1), "--path", path)
 			assert.Contains(t, strings.Join(qemuArgs(t, w, p), " "), ",host_mtu=1400")
-			v := sixVM(t, p)
-			if six {
-				v.autoconf()
-			}
+			v := sixVM(t, p).autoconf()
 			v.dhclient("-1")
 			t.Cleanup(func() { v.dhclient("-x") })
 			assert.Contains(t, v.run("ip", "link", "show", "eth0"), "mtu 1400")
-			for _, family := range []bool{false, six} {
-				assert.Contains(t, sized(v, family, mtu), "1 received")
-				assert.Contains(t, sized(v, family, mtu+1), "message too long")
+			for _, six := range []bool{false, true} {
+				assert.Contains(t, sized(v, six, mtu), "1 received")
+				assert.Contains(t, sized(v, six, mtu+1), "message too long")
 			}
 			// A guest that does not care is told by the gateway.
 			enginetest.Must(t, v.ns.SetMTU("eth0", 1500), v.ns.Sysctl("net/ipv6/conf/eth0/mtu", "1500"))
 			assert.Contains(t, sized(v, false, 1500), "From "+gatewayIP)
 			assert.Regexp(t, `mtu ?= ?1400`, sized(v, false, 1500))
-			if six {
-				assert.Regexp(t, `mtu ?= ?1400`, sized(v, true, 1500))
-			}
+			assert.Regexp(t, `mtu ?= ?1400`, sized(v, true, 1500))
 			if t.Failed() {
 				t.Log(p.dump())
 			}

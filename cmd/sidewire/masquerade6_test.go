@@ -122,6 +122,29 @@ func TestRow61Row62GuidesStaticAddresses(t *testing.T) {
 	carry(t, w.Pod, w.Outside, net.JoinHostPort(enginetest.OutsideIP6, "7001"), 2, 4<<20)
 }
 
+// KubeVirt 1780, IPv6: the guest lives in the network that the spec names.
+func TestRow59Row61OwnNetwork6_KubeVirt1780(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun", "nft", "dhclient", "ping")
+	for _, path := range []string{"packet", "socket"} {
+		t.Run(path, func(t *testing.T) {
+			w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
+			p := startSidewire(t, w, strings.Replace(spec("vm", 1, "tcp:8080"), "pod: {}", `pod: {vmIPv6NetworkCIDR: "fd10:10:10::2/120"}`, 1), "--path", path)
+			v := sixVM(t, p).autoconf()
+			assert.Contains(t, v.run("ip", "-6", "-o", "addr", "show", "dev", "eth0"), "fd10:10:10::2/128")
+			v.run("ping", "-6", "-c", "1", "-W", "5", "fd10:10:10::1")
+			seen := make(chan string, 1)
+			listen(t, v.ns, "tcp6", "[fd10:10:10::2]:8080", func(c net.Conn) { seen <- c.RemoteAddr().(*net.TCPAddr).IP.String() })
+			c, err := w.Outside.Dial("tcp6", net.JoinHostPort(enginetest.PodIP6, "8080"), 5*time.Second)
+			require.NoError(t, err)
+			c.Close()
+			assert.Equal(t, enginetest.OutsideIP6, <-seen)
+			_, err = w.Outside.Dial("tcp6", net.JoinHostPort(enginetest.PodIP6, "8081"), 5*time.Second)
+			assert.ErrorContains(t, err, "refused")
+			assert.Equal(t, "fd10:10:10::2", p.status().Interfaces[0].IPv6.Guest.String())
+		})
+	}
+}
+
 // A pod with IPv6 alone: no DHCPv4; names can be resolved all the same, with the
 // pod's search domains.
 func TestRow63SingleStack(t *testing.T) {

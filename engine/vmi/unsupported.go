@@ -29,10 +29,6 @@ func Unsupported(docs Docs) []Fault {
 			}
 		}
 		for j, n := range v.Spec.Networks {
-			if n.Pod != nil && n.Pod.CIDR6 != "" && len(faults) < maxFaults {
-				faults = append(faults, v.fault(Warning, v.networkPath(j)+".pod.vmIPv6NetworkCIDR",
-					"not supported yet: the guest's IPv6 is not carried, its IPv4 is"))
-			}
 			if n.Claim != nil {
 				say(v.networkPath(j)+".resourceClaim", "a network by resource claim; use pod: {}")
 			}

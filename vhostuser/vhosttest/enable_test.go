@@ -117,7 +117,7 @@ func (r *receiver) drain(t *testing.T) {
 // H046: single rings of one pair are switched off and on while frames flow both
 // ways on both pairs. Nothing goes to a ring that is off, what the guest sends
 // on one is lost, the other pair loses nothing, and all goes on afterwards.
-func TestRingsSwitchedUnderTraffic_H046(t *testing.T) {
+func TestRingsSwitchedUnderTrafficRow67_H046(t *testing.T) {
 	bothRings(t, testRingsSwitchedUnderTraffic)
 }
 
