@@ -82,6 +82,7 @@ type six struct {
 	unused  []uint32 // places
 	used    uint32   // places ever handed out
 	enough  int      // how many are a reason for a sweep
+	refused uint     // how many found no place
 }
 
 // sixWorker is what a worker of such a Net remembers; its lock guards it.
@@ -154,7 +155,10 @@ func (s *six) lookUp(a *addr6) uint32 {
 		place = s.used
 		s.used++
 	default:
-		s.want.Store(true)
+		if s.refused%sixFew == 0 { // not a sweep for each, where all are in use
+			s.want.Store(true)
+		}
+		s.refused++
 		return 0
 	}
 	c := s.chunks[place/sixChunk]

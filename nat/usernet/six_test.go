@@ -311,3 +311,37 @@ func TestRow61UDPOutside(t *testing.T) {
 		require.EqualValues(t, 63, a.ip6.HopLimit)
 	}
 }
+
+// Where all numbers are in use, packets to other places are dropped, and what is
+// open goes on.
+func TestRow61NumbersRunOut(t *testing.T) {
+	n := newWorld(t, ofSix).net
+	s, w := n.six, n.workers[0]
+	a := func(i int) *addr6 {
+		return &addr6{0x20, 1, 0xd, 0xb8, 12: byte(i >> 24), 13: byte(i >> 16), 14: byte(i >> 8), 15: byte(i)}
+	}
+	w.table.max = 2 * sixMost
+	for i := range sixMost {
+		k := s.number(w, a(i))
+		require.NotZero(t, k)
+		j := w.table.add(key{remote: hostOf(k), proto: frame.ProtoTCP})
+		w.table.at(j).state = stateTimeWait
+	}
+	sweeps := 0
+	for i := range 3 * sixFew {
+		require.Zero(t, s.number(w, a(sixMost+i)))
+		if s.want.Load() {
+			sweeps++
+			n.sweep()
+		}
+	}
+	assert.LessOrEqual(t, sweeps, 4)
+	require.Equal(t, *a(7), s.address(s.number(w, a(7))))
+	for i := range int32(w.table.used) {
+		w.table.remove(i)
+	}
+	s.want.Store(true)
+	n.sweep()
+	require.Empty(t, s.numbers)
+	require.NotZero(t, s.number(w, a(sixMost)))
+}
