@@ -29,6 +29,10 @@ func Unsupported(docs Docs) []Fault {
 			}
 		}
 		for j, n := range v.Spec.Networks {
+			if n.Pod != nil && n.Pod.CIDR6 != "" && v.slirpsBy(n.Name) && len(faults) < maxFaults {
+				faults = append(faults, v.fault(Warning, v.networkPath(j)+".pod.vmIPv6NetworkCIDR",
+					"not supported yet: slirp carries no IPv6 of the guest, only its IPv4; use masquerade: {}"))
+			}
 			if n.Claim != nil {
 				say(v.networkPath(j)+".resourceClaim", "a network by resource claim; use pod: {}")
 			}
@@ -51,6 +55,11 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 	if f.State == Down && f.has(Macvtap) {
 		say(at+".state", "state down of a macvtap; use up, and QEMU's set_link")
 	}
+}
+
+// slirpsBy says whether an interface with slirp is on the network.
+func (v *VMI) slirpsBy(network string) bool {
+	return slices.ContainsFunc(v.Spec.Interfaces, func(f InterfaceSpec) bool { return f.Name == network && f.has(Slirp) })
 }
 
 // bridgesPod says whether the VMI has a bridge on the pod network.

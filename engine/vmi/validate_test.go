@@ -441,7 +441,15 @@ func TestUnsupported(t *testing.T) {
 		i1 + ".binding.name: couldn't find configuration for network binding: p", // V49
 	}, lines(Unsupported(docs)))
 
-	docs, err = Parse("v.yaml", []byte(spec("", "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}")))
+	const six = "name: a\npod: {vmIPv6NetworkCIDR: 'fd10::/120'}"
+	docs, err = Parse("v.yaml", []byte(two("name: a\nmasquerade: {}", "name: b\nmasquerade: {}", six, podA)))
 	require.NoError(t, err)
 	assert.Empty(t, Unsupported(docs))
+	docs, err = Parse("v.yaml", []byte(two("name: a\nslirp: {}", "name: b\nmasquerade: {}", six, podA)))
+	require.NoError(t, err)
+	faults := Unsupported(docs)
+	assert.Equal(t, []string{
+		"warning spec.networks[0].pod.vmIPv6NetworkCIDR: not supported yet: slirp carries no IPv6 of the guest, only its IPv4; use masquerade: {}",
+	}, lines(faults))
+	assert.Empty(t, Errors(faults), "it is served all the same")
 }
