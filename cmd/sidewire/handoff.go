@@ -198,6 +198,13 @@ func (n *handoffNIC) setState(state string) {
 	n.state = state
 }
 
+// given says whether a QEMU has the device.
+func (n *handoffNIC) given() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.state == handed
+}
+
 // netdevID is the id of what QEMU has for the device beside it, empty for nothing.
 func (n *handoffNIC) netdevID() string {
 	if n.iface.Binding == vmi.SRIOV {

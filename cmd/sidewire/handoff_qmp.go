@@ -28,16 +28,19 @@ func (s *server) giveByMonitor(ctx context.Context, o *options, vm vmi.VM) error
 	ctx, cancel := context.WithCancel(ctx)
 	done := make(chan struct{})
 	given, err := s.giveOnce(ctx, o, vm)
-	if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ECONNREFUSED) {
-		cancel()
-		return machineError{fmt.Errorf("--qmp %s: %w", o.handoff.qmp, err)}
-	}
-	if given == nil {
+	switch {
+	case err == nil, errors.Is(err, errUntold):
+	case noMonitor(err):
 		s.log.Info("waiting for QEMU's monitor", "qmp", o.handoff.qmp)
+	default:
+		cancel()
+		return errors.Join(machineError{fmt.Errorf("--qmp %s: %w", o.handoff.qmp, err)}, s.takeByMonitor(o, vm))
 	}
 	go func() {
 		defer close(done)
-		s.followMonitor(ctx, o, vm, given)
+		if !errors.Is(err, errUntold) {
+			s.followMonitor(ctx, o, vm, given)
+		}
 	}()
 	s.onStop(func() error {
 		cancel()
@@ -46,6 +49,17 @@ func (s *server) giveByMonitor(ctx context.Context, o *options, vm vmi.VM) error
 	})
 	return nil
 }
+
+// noMonitor says whether an error is that no QEMU listens.
+func noMonitor(err error) bool {
+	return errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// errUntold is that a QEMU has its devices, and that nobody will know when it ends.
+var errUntold = errors.New("the kernel does not tell when this QEMU ends")
+
+// qemuProcess is QMP.Peer, for tests.
+var qemuProcess = (*handoff.QMP).Peer
 
 // followMonitor gives the devices to each QEMU that appears.
 func (s *server) followMonitor(ctx context.Context, o *options, vm vmi.VM, given *os.File) {
@@ -69,7 +83,10 @@ func (s *server) followMonitor(ctx context.Context, o *options, vm vmi.VM, given
 		}
 		var err error
 		given, err = s.giveOnce(ctx, o, vm)
-		if err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.ECONNREFUSED) && err.Error() != said {
+		if errors.Is(err, errUntold) {
+			return
+		}
+		if err != nil && !noMonitor(err) && err.Error() != said {
 			said = err.Error()
 			s.log.Error("not handed over", "qmp", o.handoff.qmp, "err", err)
 		}
@@ -108,7 +125,7 @@ func (s *server) giveOnce(ctx context.Context, o *options, vm vmi.VM) (*os.File,
 		n.setState(handed)
 		s.log.Info("handed over", "interface", n.name(), "qmp", o.handoff.qmp)
 	}
-	qemu := q.Peer()
+	qemu := qemuProcess(q)
 	if o.handoff.announce {
 		done = func() {} // the monitor is the announcement's from here on
 		go func() {
@@ -119,19 +136,20 @@ func (s *server) giveOnce(ctx context.Context, o *options, vm vmi.VM) (*os.File,
 		}()
 	}
 	if qemu < 0 {
-		return nil, errors.New("the kernel does not tell when this QEMU ends: a later one is not given anything")
+		s.log.Warn("the kernel does not tell when this QEMU ends, as it is in another PID namespace: one that is started after it is not given anything", "qmp", o.handoff.qmp)
+		return nil, errUntold
 	}
 	return os.NewFile(uintptr(qemu), "qemu"), nil
 }
 
-// giveTo hands over one device. One that QEMU has from a run of ours that
-// crashed is left to it if it is the same still.
+// giveTo hands over one device. One that QEMU has from us, or from a run of ours
+// that crashed if it is the same still, is left to it.
 func (n *handoffNIC) giveTo(q *handoff.QMP, o *options, vm vmi.VM) error {
 	has, err := q.Has(n.iface.DeviceID())
 	if err != nil {
 		return err
 	}
-	if has && n.device.Status().Kept {
+	if has && (n.device.Status().Kept || n.given()) {
 		return nil
 	}
 	if has {
@@ -188,6 +206,9 @@ func (s *server) takeByMonitor(o *options, vm vmi.VM) error {
 	}
 	defer q.Close()
 	for _, n := range s.handoffs {
+		if !n.given() {
+			continue
+		}
 		if err := q.Detach(n.netdevID(), n.iface.DeviceID(), unplugPatience); err != nil {
 			s.log.Warn("the guest keeps a NIC whose device goes", "interface", n.name(), "err", err)
 			return nil // the monitor's stream is not to be trusted any more
