@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -88,28 +89,31 @@ func bootID() string {
 }
 
 // readState reads a state. One that was not written to its end is none, for nothing
-// had been changed yet, nor is one of an earlier boot.
+// had been changed yet, nor is one of an earlier boot. What stands behind it is of
+// one before it that was longer.
 func readState(f *os.File, address string) (s sriovState, ok bool, err error) {
 	b, err := io.ReadAll(io.LimitReader(f, maxState))
 	if err != nil {
 		return s, false, err
 	}
-	if json.Unmarshal(b, &s) != nil || s.Address != address || s.Boot != bootID() {
+	if json.NewDecoder(bytes.NewReader(b)).Decode(&s) != nil || s.Address != address || s.Boot != bootID() {
 		return sriovState{}, false, nil
 	}
 	return s, true, nil
 }
 
-// save writes the state down.
+// save writes the state down, over the one of an earlier run: at no moment, and a
+// kill may come at any, is there none.
 func (sf *stateFile) save(s sriovState) error {
 	b, err := json.Marshal(s)
 	if err != nil {
 		return err
 	}
-	if err := sf.f.Truncate(0); err != nil {
+	b = append(b, '\n')
+	if _, err := sf.f.WriteAt(b, 0); err != nil {
 		return fmt.Errorf("write down what the function was: %w", err)
 	}
-	if _, err := sf.f.WriteAt(append(b, '\n'), 0); err != nil {
+	if err := sf.f.Truncate(int64(len(b))); err != nil {
 		return fmt.Errorf("write down what the function was: %w", err)
 	}
 	if err := sf.f.Sync(); err != nil {

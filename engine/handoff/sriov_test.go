@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -520,7 +521,38 @@ func TestSRIOVRow72Protocol(t *testing.T) {
 	assert.Equal(t, "ip link set ens1f0 vf 0 vlan 100 qos 0 proto 802.1ad", list[0].command("ens1f0", 0))
 }
 
+// A state that is written over a longer one can be read at every moment: here
+// between the two calls of save.
+func TestSRIOVStateOverALongerOne(t *testing.T) {
+	dir := t.TempDir()
+	sf, _, _, err := openState(dir, testVF)
+	require.NoError(t, err)
+	short := sriovState{Address: testVF, Boot: bootID(), Driver: "d"}
+	long := short
+	long.Override, long.PF = strings.Repeat("x", 100), "0000:65:00.0"
+	require.NoError(t, sf.save(long))
+	b, err := json.Marshal(short)
+	require.NoError(t, err)
+	_, err = sf.f.WriteAt(append(b, '\n'), 0)
+	require.NoError(t, err)
+	for range 2 {
+		require.NoError(t, sf.close(false))
+		var s sriovState
+		var ok bool
+		sf, s, ok, err = openState(dir, testVF)
+		require.NoError(t, err)
+		assert.True(t, ok)
+		assert.Equal(t, short, s)
+		require.NoError(t, sf.save(short))
+	}
+	text, err := os.ReadFile(sf.f.Name())
+	require.NoError(t, err)
+	assert.Equal(t, string(b)+"\n", string(text))
+	require.NoError(t, sf.close(true))
+}
+
 func FuzzSRIOVState(f *testing.F) {
+	f.Add([]byte(`{"address":"` + testVF + `","boot":"` + bootID() + `","before":{"mac":"x","link_state":4294967295},"pf":"../.."} and more`))
 	f.Add([]byte(`{"address":"0000:65:00.3","before":null}`))
 	f.Add([]byte(`{"address":"0000:65:00.3","before":{"mac":"x","link_state":4294967295},"pf":"../.."}`))
 	f.Fuzz(func(t *testing.T, text []byte) {

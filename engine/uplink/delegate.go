@@ -283,8 +283,11 @@ func RestoreSaved(dir string, keep func(*Saved) bool) (done []*Saved, err error)
 			errs = append(errs, fmt.Errorf("put back %s, which %s has: %w", s.Link, s.Owner, err))
 			continue
 		}
-		if err = f.putBack(s); err == nil {
-			done = append(done, s)
+		// Whoever had the lock may have put it back, or changed it, meanwhile.
+		if s, err = f.load(); err == nil && s != nil {
+			if err = f.putBack(s); err == nil {
+				done = append(done, s)
+			}
 		}
 		errs = append(errs, err, unix.Close(lock))
 	}
