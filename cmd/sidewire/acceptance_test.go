@@ -169,6 +169,20 @@ func TestMTURow35Row36_KubeVirtMTU(t *testing.T) {
 		enginetest.Must(t, w.Pod.Run("ip", "addr", "flush", "dev", "eth0", "scope", "global"))
 		p := startBridge(t, w, onPod("vm", 1, ""))
 		assert.Contains(t, strings.Join(qemuArgs(t, w, p), " "), ",host_mtu=1400")
+		// Its answers are in the name of whom a packet was for, and what is tagged may be longer by the tag.
+		v := plugVM(t, p, "vm", vhosttest.Options{}).withAddr("10.244.1.9/24").withAddr("2001:db8:1::9/64")
+		enginetest.Must(t, w.Outside.Addr("veth0", enginetest.OutsideIP6+"/64"), v.ns.SetMTU("eth0", 1500))
+		for _, six := range []bool{false, true} {
+			assert.Contains(t, sized(v, six, mtu), "1 received")
+			assert.Regexp(t, `mtu ?= ?1400`, sized(v, six, 1500))
+			assert.Contains(t, sized(v, six, mtu+1), "message too long", "the guest has learned")
+		}
+		in, out := listenOn(t, v.ns, "eth0"), listenOn(t, w.Outside, "veth0")
+		tagged := enginetest.Eth{Src: p.macOf("vm/net"), Dst: broadcast, VLAN: 7}.Frame(0x88b5, enginetest.Payload(mtu, 1))
+		in.send(tagged)
+		assert.True(t, out.hears(tagged))
+		carry(t, v.ns, w.Outside, enginetest.OutsideIP+":7000", 2, 4<<20)
+		assert.NotZero(t, p.port("vm/net guest").Drops["oversize_frame"])
 	})
 }
 

@@ -39,6 +39,7 @@ func (b *podBridge) open(ctx context.Context, s *server, o *options, stopEngine 
 		return bridgeError(err)
 	}
 	b.said(s.log)
+	b.longer = true
 	if err := b.nic.open(s, o, b.view.MTU, b.snapshot(), nil); err != nil {
 		return err
 	}
@@ -151,6 +152,7 @@ func (b *podBridge) wire(s *server) error {
 	if len(b.view.Neighbours) > 0 {
 		stages = append(stages, newStaticARP(b.nic.port, b.view.Neighbours))
 	}
+	stages = append(stages, &tooLong{b.nic.port, b.view.MTU})
 	e.SetStages(b.nic.port, append(stages, fromGuest)...)
 	if b.nat != nil {
 		e.SetStages(b.port, b.nat, fromLink)

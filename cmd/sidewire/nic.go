@@ -32,6 +32,7 @@ type nic struct {
 	device *vhostuser.Device
 	stream *stream.Device
 	port   frame.PortID // to the guest
+	longer bool         // packets longer than the MTU are taken, for stages that answer them
 }
 
 // frontends are what a device has for those who connect to its socket.
@@ -59,12 +60,12 @@ func (n *nic) mac() (m frame.MAC) {
 func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.MAC)) (err error) {
 	n.book = s.book
 	// Where we are the guest's router, packets longer than the MTU are its business: ICMP says so, or it takes them apart.
-	routed := n.iface.Binding == vmi.Masquerade || n.iface.Binding == vmi.Slirp
+	n.longer = n.longer || n.iface.Binding == vmi.Masquerade || n.iface.Binding == vmi.Slirp
 	if !n.virtio() {
 		c := stream.Config{
 			Name: n.name(), Path: n.socket, Client: o.mode == "client", MTU: mtu, Log: s.log.With("interface", n.name()),
 		}
-		if routed {
+		if n.longer {
 			c.MTU = 0
 		}
 		n.stream, err = stream.New(c)
@@ -78,7 +79,7 @@ func (n *nic) open(s *server, o *options, mtu, snapshot int, onRARP func(frame.M
 	}
 	n.device, err = vhostuser.NewDevice(vhostuser.Config{
 		Name: n.name(), Path: n.socket, Client: o.mode == "client",
-		QueuePairs: n.iface.QueuePairs, MTU: mtu, Longer: routed, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
+		QueuePairs: n.iface.QueuePairs, MTU: mtu, Longer: n.longer, MAC: n.mac(), NoGuestTSO: !o.guestTSO, Packed: o.packed, Snapshot: snapshot,
 		Barrier: s.engine.Barrier, Log: s.log.With("interface", n.name()), OnRARP: onRARP,
 	})
 	if err != nil {
