@@ -17,9 +17,14 @@ import (
 )
 
 // byHand gives the guest what the guide has cloud-init set.
-func (v *vm) byHand() *vm {
+func (v *vm) byHand() *vm { return v.at(guestSix, gatewaySix) }
+
+// at gives the guest an address and a gateway, in the place of a router that its
+// kernel may have heard of already.
+func (v *vm) at(addr, gateway string) *vm {
 	v.t.Helper()
-	enginetest.Must(v.t, v.ns.Sysctl("net/ipv6/conf/eth0/accept_ra", "0"), v.ns.Up("eth0"), v.ns.Addr("eth0", guestSix+"/120"), v.ns.Route("default", gatewaySix))
+	enginetest.Must(v.t, v.ns.Sysctl("net/ipv6/conf/eth0/accept_ra", "0"), v.ns.Up("eth0"), v.ns.Addr("eth0", addr+"/120"),
+		v.ns.Run("ip", "-6", "route", "replace", "default", "via", gateway, "dev", "eth0"))
 	return v
 }
 
@@ -180,7 +185,7 @@ func TestRow61TwoGuests6(t *testing.T) {
 		at := strings.LastIndex(docs, "pod: {}")
 		p := startSidewire(t, w, docs[:at]+"pod: {vmIPv6NetworkCIDR: 'fd10:0:3::/120'}\n")
 		a, b := plugSix(t, p, "vm", guestMAC).byHand(), plugSix(t, p, "vm2", frame.MAC{2, 0, 0, 0, 0xaa, 2})
-		enginetest.Must(t, b.ns.Sysctl("net/ipv6/conf/eth0/accept_ra", "0"), b.ns.Up("eth0"), b.ns.Addr("eth0", "fd10:0:3::2/120"), b.ns.Route("default", "fd10:0:3::1"))
+		b.at("fd10:0:3::2", "fd10:0:3::1")
 		assert.Equal(t, enginetest.OutsideIP6, peerOf(t, a.ns, w.Outside, "[::]:80", net.JoinHostPort(enginetest.PodIP6, "80")))
 		assert.Equal(t, enginetest.OutsideIP6, peerOf(t, b.ns, w.Outside, "[::]:81", net.JoinHostPort(enginetest.PodIP6, "81")))
 		for _, v := range []*vm{a, b} {

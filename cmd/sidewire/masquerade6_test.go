@@ -108,8 +108,7 @@ func TestRow61Row62GuidesStaticAddresses(t *testing.T) {
 	enginetest.Need(t, "root", "netns", "tun", "nft", "curl", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
 	p := startSidewire(t, w, spec("vm", 1, "tcp:80"))
-	v := sixVM(t, p)
-	enginetest.Must(t, v.ns.Sysctl("net/ipv6/conf/eth0/accept_ra", "0"), v.ns.Up("eth0"), v.ns.Addr("eth0", guestSix+"/120"), v.ns.Route("default", gatewaySix))
+	v := sixVM(t, p).byHand()
 	v.bySix(w, "80")
 	// A port that is not listed is the pod's.
 	_, err := w.Outside.Dial("tcp6", net.JoinHostPort(enginetest.PodIP6, "81"), 5*time.Second)
