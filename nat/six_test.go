@@ -3,6 +3,7 @@ package nat
 import (
 	"bytes"
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"sync"
 	"testing"
@@ -651,4 +652,34 @@ func FuzzSix(f *testing.F) {
 			w.stage(w.m.Local(0), portTap, frame.Offload{}, p)
 		}
 	})
+}
+
+// What a frame of a known flow costs, from one flow and from many, beside
+// BenchmarkKnownFlow's.
+func BenchmarkKnownFlow6(b *testing.B) {
+	for _, flows := range []int{1, frame.BatchSize} {
+		w := newWorld6(b)
+		var out, in [][]byte
+		for i := range frame.BatchSize {
+			port := uint16(2000 + i%flows)
+			out, in = append(out, udp6(guest6IP, host6B, port, 80, "data")), append(in, udp6(host6B, pod6IP, 80, port, "data"))
+		}
+		for name, c := range map[string]struct {
+			stage interface{ Process(*frame.Batch) }
+			ps    [][]byte
+		}{"out": {w.m.Outbound(0), out}, "in": {w.m.Inbound(), in}} {
+			b.Run(fmt.Sprintf("%s/%d", name, flows), func(b *testing.B) {
+				w.out(out...)
+				b.ReportAllocs()
+				for b.Loop() {
+					w.b.Reset(w.now)
+					for _, p := range c.ps {
+						w.b.Next().SetBytes(p, nil, nil)
+					}
+					c.stage.Process(w.b)
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*frame.BatchSize), "ns/frame")
+			})
+		}
+	}
 }
