@@ -174,6 +174,18 @@ func (m *Masquerade6) isLocal(a *Addr6) bool {
 	return *a == m.external || m.local != nil && m.local.Local(*a)
 }
 
+// behind says whether an address is of a guest's network: nobody outside has one,
+// least of all the gateway's, as whom guests see the pod.
+func (m *Masquerade6) behind(a *Addr6) bool {
+	ip := netip.AddrFrom16(*a)
+	for _, g := range m.guests {
+		if g.net.Contains(ip) {
+			return true
+		}
+	}
+	return false
+}
+
 // run6 is run, for the frames of a flow one after the other.
 type run6 struct {
 	run

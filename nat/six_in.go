@@ -121,7 +121,7 @@ func (in *Inbound6) toPod(f *frame.Frame) { (&Inbound{in.m.m}).toPod(f) }
 // is set here.
 func (in *Inbound6) open(b *frame.Batch, f *frame.Frame, u tuple) ref {
 	m, from := in.m, f.SrcIP6()
-	if martian(from) || *from == m.external {
+	if martian(from) || *from == m.external || m.behind(from) {
 		f.Drop(frame.Spoofed) // H082
 		return ref{}
 	}

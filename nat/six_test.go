@@ -323,8 +323,9 @@ func TestNotCarried6(t *testing.T) {
 	require.Len(t, fs, 2)
 	assert.Equal(t, []byte{icmp6Unreachable, unreach6NoRoute}, fs[1].Bytes()[54:56])
 	assert.Zero(t, w.m.Stats().Flows)
-	for _, src := range []netip.Addr{netip.IPv6Loopback(), netip.MustParseAddr("ff02::1"), pod6IP, netip.IPv6Unspecified()} {
-		assert.Equal(t, frame.Spoofed, w.in(udp6(src, pod6IP, 1, 2, ""))[0].Reason, "H082 %v", src)
+	for _, src := range []netip.Addr{netip.IPv6Loopback(), netip.MustParseAddr("ff02::1"), pod6IP, netip.IPv6Unspecified(), guest6IP, gateway6IP} {
+		p := enginetest.UDPFrame(ethIn, pair6(src, pod6IP), enginetest.UDP{Src: 1, Dst: 2}, nil)
+		assert.Equal(t, frame.Spoofed, w.in(p)[0].Reason, "H082 %v", src)
 	}
 	four := w.out(enginetest.UDPFrame(ethOut, enginetest.IP{Src: netip.MustParseAddr("10.0.2.2"), Dst: netip.MustParseAddr("10.1.1.1")}, enginetest.UDP{Src: 1, Dst: 2}, nil))[0]
 	assert.Equal(t, frame.Drop, four.Out)
@@ -468,6 +469,8 @@ func TestRow58PodAtTheGateway6(t *testing.T) {
 		"another of the pod's":     udp6(guest6IP, other, 1, 53, "x"),
 		"the same at its last hop": last,
 		"gateway":                  udp6(guest6IP, gateway6IP, 1, 53, "x"),
+		"in fragments":             fragments6(udp6(guest6IP, pod6IP, 1, 80, string(make([]byte, 100))), 3, 64)[0],
+		"an error about it":        enginetest.ICMPFrame(ethOut, pair6(guest6IP, pod6IP), enginetest.ICMP{Type: icmp6Unreachable}, udp6(pod6IP, guest6IP, 80, 1, "x")[14:]),
 		"pod's address":            tcp6(guest6IP, pod6IP, 1, 80, flagSYN, 1),
 		"its link-local":           udp6(guest6IP, routerLL, 1, 53, "x"),
 		"an answer to it":          advert6(ethOut, guest6IP, gateway6IP, guest6IP),
