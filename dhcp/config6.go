@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -54,13 +55,15 @@ func linkLocalOf(m frame.MAC) netip.Addr {
 // offer6 is a Config6 made ready to be sent. It never changes.
 type offer6 struct {
 	Config6
-	router  netip.Addr // its link-local address, the source of what it says
-	advert  []byte     // the router advertisement: ICMPv6, checksum undone
+	router  netip.Addr   // its link-local address, the source of what it says
+	advert  []byte       // the router advertisement: ICMPv6, checksum undone
+	gone    []netip.Addr // resolvers of before, which are advertised as no more
 	duid    dhcpv6.DUID
 	options []dhcpv6.Option // of every DHCPv6 answer
 }
 
-func newOffer6(c Config6) (*offer6, error) {
+// newOffer6 makes c ready; old, unless it is nil, is what it is in the place of.
+func newOffer6(c Config6, old *offer6) (*offer6, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
@@ -74,6 +77,13 @@ func newOffer6(c Config6) (*offer6, error) {
 		return nil, err
 	}
 	o := &offer6{Config6: c, router: linkLocalOf(c.ServerMAC)}
+	if old != nil {
+		for _, a := range slices.Concat(old.DNS, old.gone) {
+			if len(o.gone) < maxGone && !slices.Contains(o.DNS, a) && !slices.Contains(o.gone, a) {
+				o.gone = append(o.gone, a)
+			}
+		}
+	}
 	search := validDomains(c.Search)
 	o.advert = o.routerAdvertisement(search)
 	o.duid = &dhcpv6.DUIDLL{HWType: iana.HWTypeEthernet, LinkLayerAddr: net.HardwareAddr(c.ServerMAC[:])}
@@ -138,6 +148,9 @@ const (
 	advertEvery    = int64(routerLifetime / 4)
 )
 
+// maxGone bounds the resolvers that are advertised as no more.
+const maxGone = 8
+
 // maxAdvert bounds the options of an advertisement: what does not fit is left to
 // DHCPv6.
 const maxAdvert = 1024
@@ -162,12 +175,17 @@ func (o *offer6) routerAdvertisement(search []string) []byte {
 	b = append(b, 0, 0, 0, 0)
 	b = append(b, prefix.Addr().AsSlice()...)
 
-	if n := min(len(o.DNS), 16); n > 0 {
-		b = be.AppendUint32(append(b, ndRDNSS, uint8(1+2*n), 0, 0), forever)
-		for _, a := range o.DNS[:n] {
+	resolvers := func(as []netip.Addr, lifetime uint32) {
+		if len(as) == 0 {
+			return
+		}
+		b = be.AppendUint32(append(b, ndRDNSS, uint8(1+2*len(as)), 0, 0), lifetime)
+		for _, a := range as {
 			b = append(b, a.AsSlice()...)
 		}
 	}
+	resolvers(o.DNS[:min(len(o.DNS), 16)], forever)
+	resolvers(o.gone, 0)
 	for n := len(search); n > 0; n-- {
 		names := encodeNames(search[:n], nil)
 		names = append(names, make([]byte, -len(names)&7)...)

@@ -66,7 +66,7 @@ type Stats6 struct {
 
 // New6 returns a server for the guest that c describes.
 func New6(c Config6) (*Server6, error) {
-	o, err := newOffer6(c)
+	o, err := newOffer6(c, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -78,12 +78,12 @@ func New6(c Config6) (*Server6, error) {
 // Update makes c what the server says from now on, and has it said to all with
 // the guest's next frame.
 func (s *Server6) Update(c Config6) error {
-	o, err := newOffer6(c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o, err := newOffer6(c, s.offer.Load())
 	if err != nil {
 		return err
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.offer.Store(o)
 	if s.lease != nil && s.lease.Addr != o.Address.Addr() {
 		s.lease = nil

@@ -167,6 +167,33 @@ func TestRFC4861Sec624AdvertisedAgain(t *testing.T) {
 	assert.Equal(t, uint64(3), s.Stats().Adverts)
 }
 
+// A resolver that is no more is taken back, as what is advertised has no end by
+// itself (RFC 8106, section 5.1).
+func TestRFC8106Sec51ResolverTakenBack(t *testing.T) {
+	a, b := netip.MustParseAddr("2001:db8::53"), netip.MustParseAddr("2001:db8::54")
+	c := masquerade6()
+	n := newBench6(t, c)
+	said := func(dns ...netip.Addr) (out map[string]uint32) {
+		c.DNS = dns
+		require.NoError(t, n.s.Update(c))
+		out = map[string]uint32{}
+		pk := gopacket.NewPacket(n.answer(routerSolicit(anyIP6)), layers.LayerTypeEthernet, gopacket.Default)
+		for _, o := range pk.Layer(layers.LayerTypeICMPv6RouterAdvertisement).(*layers.ICMPv6RouterAdvertisement).Options {
+			for at := 6; o.Type == ndRDNSS && at < len(o.Data); at += 16 {
+				out[netip.AddrFrom16([16]byte(o.Data[at:])).String()] = binary.BigEndian.Uint32(o.Data[2:])
+			}
+		}
+		return out
+	}
+	assert.Equal(t, map[string]uint32{a.String(): forever}, said(a))
+	assert.Equal(t, map[string]uint32{a.String(): 0, b.String(): forever}, said(b))
+	assert.Equal(t, map[string]uint32{a.String(): 0, b.String(): 0}, said())
+	assert.Equal(t, map[string]uint32{a.String(): forever, b.String(): 0}, said(a))
+	for i := range 100 {
+		assert.LessOrEqual(t, len(said(netip.AddrFrom16([16]byte{0x20, 1, 15: byte(i)}))), 1+maxGone)
+	}
+}
+
 // The router answers for its own addresses and for no other: the guest may find
 // out whether somebody has its own.
 func TestRFC4861Sec72NeighbourAdvertisement(t *testing.T) {
