@@ -110,8 +110,12 @@ func (b *leaseBook) allot(docs *vmi.Docs) (faults []vmi.Fault) {
 
 // heldIn is what a page says of addresses.
 func (b *leaseBook) heldIn(page bookPage) (held []vmi.Held) {
+	gone := map[owner]bool{b.self: false}
 	for _, e := range page.Addresses {
-		e.Gone = e.Owner != b.self && (e.Owner.Since == "" || ownerOf(e.Owner.PID) != e.Owner)
+		if _, known := gone[e.Owner]; !known {
+			gone[e.Owner] = e.Owner.Since == "" || ownerOf(e.Owner.PID) != e.Owner
+		}
+		e.Gone = gone[e.Owner]
 		held = append(held, e.Held)
 	}
 	return held

@@ -207,7 +207,9 @@ func (s *Saved) whole() bool {
 	return slices.Equal(prefixes(k.Addrs), s.Addrs) && slices.Equal(prefixes(k.Addrs6), s.Addrs6) &&
 		len(k.Addrs) == len(s.Addrs) && len(k.Addrs6) == len(s.Addrs6) &&
 		!slices.ContainsFunc(s.Neighbours, func(n Neighbour) bool { return !n.Addr.Is4() }) &&
-		!slices.ContainsFunc(s.Routes, func(r LinkRoute) bool { return !r.Dest.IsValid() || !r.Dest.Addr().Is4() || r.Via.IsValid() && !r.Via.Is4() })
+		!slices.ContainsFunc(s.Routes, func(r LinkRoute) bool {
+			return !r.Dest.IsValid() || !r.Dest.Addr().Is4() || r.Via.IsValid() && !r.Via.Is4()
+		})
 }
 
 // store writes it down so that it is there after a crash of the machine too.

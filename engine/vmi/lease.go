@@ -45,16 +45,22 @@ func (docs *Docs) leases() (leases map[[2]int]*Lease, faults []Fault) {
 // allotment is who gets which address. Addresses are known by their network's names and themselves.
 type allotment struct {
 	given  map[[2]int]*Lease
-	mine   map[string]bool // given to a guest of this run
-	theirs map[string]bool // held
+	mine   map[networkAddr]bool // given to a guest of this run
+	theirs map[networkAddr]bool // held
 	faults []Fault
 }
 
+// networkAddr is an address of a network, by one of that's names.
+type networkAddr struct {
+	network string
+	addr    netip.Addr
+}
+
 func (docs *Docs) allot() *allotment {
-	l := &allotment{given: map[[2]int]*Lease{}, mine: map[string]bool{}, theirs: map[string]bool{}}
+	l := &allotment{given: map[[2]int]*Lease{}, mine: map[networkAddr]bool{}, theirs: map[networkAddr]bool{}}
 	for _, h := range docs.held {
 		for _, n := range h.Networks {
-			l.theirs[n+" "+h.Addr.String()] = true
+			l.theirs[networkAddr{n, h.Addr}] = true
 		}
 	}
 	docs.eachLeased(func(i, j int, nad *NAD) { docs.keep(l, i, j, nad) })
@@ -62,7 +68,8 @@ func (docs *Docs) allot() *allotment {
 		if l.given[[2]int{i, j}] != nil {
 			return
 		}
-		lease, ok := nad.Switch.IPAM.Lease(func(a netip.Addr) bool { return in(l.mine, nad, a) || in(l.theirs, nad, a) })
+		networks := nad.networks()
+		lease, ok := nad.Switch.IPAM.Lease(func(a netip.Addr) bool { return in(l.mine, networks, a) || in(l.theirs, networks, a) })
 		if !ok {
 			lease, ok = docs.inherit(l, nad)
 		}
@@ -88,7 +95,7 @@ func (docs *Docs) keep(l *allotment, i, j int, nad *NAD) {
 		if h.Guest != guest || h.Networks[0] != networks[0] && h.Networks[1] != networks[1] {
 			continue
 		}
-		if lease, ok := nad.Switch.IPAM.LeaseOf(h.Addr); ok && !in(l.mine, nad, h.Addr) {
+		if lease, ok := nad.Switch.IPAM.LeaseOf(h.Addr); ok && !in(l.mine, networks, h.Addr) {
 			l.give(i, j, nad, lease)
 			return
 		}
@@ -99,7 +106,7 @@ func (docs *Docs) keep(l *allotment, i, j int, nad *NAD) {
 func (docs *Docs) inherit(l *allotment, nad *NAD) (Lease, bool) {
 	networks := nad.networks()
 	for _, h := range docs.held {
-		if !h.Gone || h.Networks[0] != networks[0] && h.Networks[1] != networks[1] || in(l.mine, nad, h.Addr) {
+		if !h.Gone || h.Networks[0] != networks[0] && h.Networks[1] != networks[1] || in(l.mine, networks, h.Addr) {
 			continue
 		}
 		if lease, ok := nad.Switch.IPAM.LeaseOf(h.Addr); ok {
@@ -109,10 +116,10 @@ func (docs *Docs) inherit(l *allotment, nad *NAD) (Lease, bool) {
 	return Lease{}, false
 }
 
-// in says whether an address of a definition's network is in a set.
-func in(set map[string]bool, nad *NAD, a netip.Addr) bool {
-	for _, n := range nad.networks() {
-		if set[n+" "+a.String()] {
+// in says whether an address of a network is in a set.
+func in(set map[networkAddr]bool, networks [2]string, a netip.Addr) bool {
+	for _, n := range networks {
+		if set[networkAddr{n, a}] {
 			return true
 		}
 	}
@@ -122,7 +129,7 @@ func in(set map[string]bool, nad *NAD, a netip.Addr) bool {
 func (l *allotment) give(i, j int, nad *NAD, lease Lease) {
 	l.given[[2]int{i, j}] = &lease
 	for _, n := range nad.networks() {
-		l.mine[n+" "+lease.Address.Addr().String()] = true
+		l.mine[networkAddr{n, lease.Address.Addr()}] = true
 	}
 }
 
