@@ -110,6 +110,8 @@ func TestIstioRow83(t *testing.T) {
 			assert.NotContains(t, seen.list(), "in 10.244.1.5:22")
 			carry(t, s.guest, s.far, farIP+":7000", 4, 4<<20)
 			assert.Equal(t, []forwardRequest{{Protocol: "TCP", Port: 22}}, s.proc.status().Interfaces[0].Forwards)
+			assert.Equal(t, "istio", s.proc.status().Interfaces[0].Proxy)
+			assert.Regexp(t, `proxy +istio, for all else`, sidewire(t, "status", "--socket-dir", s.proc.dir).out)
 			s.dump()
 			s.proc.stop()
 			assert.Empty(t, changes(before, footprint(t, s.Pod)))

@@ -69,6 +69,7 @@ type InterfaceStatus struct {
 	Handoff    *HandoffStatus      `json:"handoff,omitempty"`    // of a device of the kernel's: nothing comes by us
 	Forwards   []forwardRequest    `json:"forwards"`             // null: everything
 	Everything bool                `json:"everything,omitempty"` // every TCP and UDP port, beside forwards, by sockets
+	Proxy      string              `json:"proxy,omitempty"`      // whose stands between the guest and the outside, but for forwards
 }
 
 // Status implements controller.
@@ -127,6 +128,9 @@ func (n *podNIC) status(s *server) InterfaceStatus {
 		st.Guest, st.Gateway, st.MAC, st.NAT = n.iface.Network.Guest, n.iface.Network.Gateway, x.Guests[n.index].MAC, &x
 	}
 	n.status6(&st)
+	if n.vm.Istio {
+		st.Proxy = "istio"
+	}
 	st.DNS, st.Forwards = n.dns.status(), n.forwards()
 	return st
 }
@@ -255,6 +259,9 @@ func printStatus(out io.Writer, st Status) error {
 func printForwards(w io.Writer, i InterfaceStatus) {
 	if !i.Everything {
 		fmt.Fprintf(w, "  forwards\t%s\n", forwardList(i.Forwards))
+		if i.Proxy != "" {
+			fmt.Fprintf(w, "  proxy\t%s, for all else from outside and for the guest's TCP\n", i.Proxy)
+		}
 		return
 	}
 	fmt.Fprint(w, "  forwards\tevery TCP and UDP port")
