@@ -191,12 +191,18 @@ func (g *GuestAddrs) Close() {
 }
 
 // DropGuestAddrs takes away what a crashed run has left of its guests' addresses
-// on a link of the current namespace.
+// on a link of the current namespace. It returns ErrInUse if a living one has the
+// link, whose guests keep theirs.
 func DropGuestAddrs(name string) error {
 	l, err := link(name)
 	if err != nil {
 		return err
 	}
+	lock, err := lockLink(l.Attrs().Index)
+	if err != nil {
+		return fmt.Errorf("addresses of %s: %w", name, err)
+	}
+	defer unix.Close(lock)
 	addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("addresses of %s: %w", name, err)

@@ -145,6 +145,17 @@ func TestKeepGuestAddrsRow12(t *testing.T) {
 	close(g.stop) // as a crash does
 	g.routes.Close()
 	g.done.Wait()
+	left := now()
+	require.NoError(t, ns.Do(func() error {
+		l, err := netlink.LinkByName("eth0")
+		require.NoError(t, err)
+		living, err := lockLink(l.Attrs().Index)
+		require.NoError(t, err)
+		defer unix.Close(living)
+		assert.ErrorIs(t, DropGuestAddrs("eth0"), ErrInUse)
+		return nil
+	}))
+	assert.Equal(t, left, now(), "a living run has the link")
 	require.NoError(t, ns.Do(func() error { return DropGuestAddrs("eth0") }))
 	assert.Equal(t, own, now())
 }
