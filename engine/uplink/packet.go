@@ -144,9 +144,9 @@ func (u *Uplink) join(index int, direct bool, prog []bpf.Instruction) error {
 	return nil
 }
 
-// steer is the fanout program: it keeps each direction of a TCP or UDP flow
-// over IPv4, and the fragments of a packet, on one of n queues. Other frames
-// go to queue 0.
+// steer is the fanout program: it keeps each direction of a TCP or UDP flow, and
+// the fragments of a packet, on one of n queues. Other frames go to queue 0, over
+// IPv6 those with other extension headers too.
 //
 // Both ports count: of replies to the guest only the destination port varies,
 // of requests to a published port only the source port. The loads count from
@@ -156,23 +156,34 @@ func steer(n int) []bpf.Instruction {
 	const net = 0xfff00000 // SKF_NET_OFF
 	return []bpf.Instruction{
 		bpf.LoadExtension{Num: bpf.ExtProto},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.TypeIPv4, SkipTrue: 18},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: frame.TypeIPv6, SkipTrue: 12},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.TypeIPv4, SkipTrue: 26},
 		bpf.LoadAbsolute{Off: net + 6, Size: 2},
 		bpf.JumpIf{Cond: bpf.JumpBitsNotSet, Val: 0x3fff, SkipTrue: 2},
 		bpf.LoadAbsolute{Off: net + 4, Size: 2}, // a fragment: by its identification
-		bpf.Jump{Skip: 12},
+		bpf.Jump{Skip: 20},
 		bpf.LoadAbsolute{Off: net + 9, Size: 1},
 		bpf.JumpIf{Cond: bpf.JumpEqual, Val: frame.ProtoTCP, SkipTrue: 1},
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.ProtoUDP, SkipTrue: 11},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.ProtoUDP, SkipTrue: 19},
 		bpf.LoadAbsolute{Off: net, Size: 1},
 		bpf.ALUOpConstant{Op: bpf.ALUOpAnd, Val: 15},
 		bpf.ALUOpConstant{Op: bpf.ALUOpMul, Val: 4},
+		bpf.Jump{Skip: 5},
+		// IPv6
+		bpf.LoadAbsolute{Off: net + 6, Size: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: headerFragment, SkipTrue: 10},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: frame.ProtoTCP, SkipTrue: 1},
+		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: frame.ProtoUDP, SkipTrue: 11},
+		bpf.LoadConstant{Dst: bpf.RegA, Val: 40},
+		// The ports are behind as much as A says.
 		bpf.TAX{},
 		bpf.LoadIndirect{Off: net, Size: 2},
 		bpf.StoreScratch{Src: bpf.RegA, N: 0},
 		bpf.LoadIndirect{Off: net + 2, Size: 2},
 		bpf.LoadScratch{Dst: bpf.RegX, N: 0},
 		bpf.ALUOpX{Op: bpf.ALUOpAdd},
+		bpf.Jump{Skip: 1},
+		bpf.LoadAbsolute{Off: net + 44, Size: 4}, // the identification of a fragment
 		bpf.ALUOpConstant{Op: bpf.ALUOpMod, Val: uint32(n)},
 		bpf.RetA{},
 		bpf.RetConstant{Val: 0},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -187,6 +188,18 @@ func TestFanout(t *testing.T) {
 	}
 	assert.Equal(t, 0, where(enginetest.ICMPFrame(e, toPod(), enginetest.Echo(1, 1), nil)))
 	assert.Equal(t, 0, where(enginetest.ARPFrame(e, enginetest.ARPRequest, macA, outsideIP, frame.MAC{}, podIP)))
+
+	six := enginetest.IP{Src: netip.MustParseAddr("2001:db8::1"), Dst: netip.MustParseAddr("2001:db8::2")}
+	for port := uint16(100); port < 106; port++ {
+		want := int(port+80) % workers
+		assert.Equal(t, want, where(enginetest.TCPFrame(e, six, enginetest.TCP{Src: port, Dst: 80}, nil)))
+		assert.Equal(t, want, where(enginetest.UDPFrame(e, six, enginetest.UDP{Src: 80, Dst: port}, []byte("x"))))
+		for _, offset := range []byte{1, 24} { // the first of more, and another
+			header := []byte{frame.ProtoUDP, 0, 0, offset, 0, 1, 0, byte(port)}
+			assert.Equal(t, (1<<16+int(port))%workers, where(e.Frame(frame.TypeIPv6, six.Packet(headerFragment, append(header, make([]byte, 16)...)))))
+		}
+	}
+	assert.Equal(t, 0, where(enginetest.ICMPFrame(e, six, enginetest.ICMP{Type: icmp6Echo}, make([]byte, 8))))
 
 	// What b sends itself comes to a and to none of b's queues.
 	own := enginetest.UDPFrame(enginetest.Eth{Dst: macA, Src: macB}, toPod(), enginetest.UDP{Src: 1, Dst: 2}, []byte("own"))
