@@ -1,15 +1,20 @@
 package main
 
 import (
+	"encoding/binary"
+	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"sidewire/engine/enginetest"
 	"sidewire/engine/frame"
@@ -236,4 +241,61 @@ func TestRow54Row61ForwardAtRunTime(t *testing.T) {
 	assert.Equal(t, []bool{false, false}, reached())
 	forward("add")
 	assert.Equal(t, []bool{true, true}, reached())
+}
+
+// A guest that plays router, openly or behind a header that hides it, changes
+// nothing in its pod (RFC 6104).
+func TestRFC6104Row58RogueRouter(t *testing.T) {
+	enginetest.Need(t, "root", "netns", "tun", "nft", "ip")
+	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
+	p := startSidewire(t, w, spec("vm", 1))
+	v := sixVM(t, p).byHand()
+	look := func() (out string) {
+		for _, what := range []string{"route", "addr", "neigh"} {
+			b, err := w.Pod.Command("ip", "-6", "-o", what, "show", "dev", p.status().Interfaces[0].Links[2].Name).Output()
+			require.NoError(t, err)
+			if what == "neigh" { // of what the guest says
+				assert.NotContains(t, string(b), "fe80::bad")
+			} else {
+				out += string(b)
+			}
+		}
+		return out
+	}
+	before := look()
+	from := netip.MustParseAddr("fe80::bad")
+	prefix := append([]byte{3, 4, 64, 0xc0, 0, 0, 0xff, 0xff, 0, 0, 0xff, 0xff, 0, 0, 0, 0}, netip.MustParseAddr("2001:db8:bad::").AsSlice()...)
+	advert := append([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 0, 0, 0, 0xaa, 1}, prefix...)
+	frames := func(to string, dst frame.MAC) (out [][]byte) {
+		plain := enginetest.ICMPFrame(enginetest.Eth{Dst: dst, Src: guestMAC}, enginetest.IP{Src: from, Dst: netip.MustParseAddr(to)},
+			enginetest.ICMP{Type: 134, Rest: 64<<24 | 0x00<<16 | 9000}, advert)
+		plain[21] = 255
+		hidden := slices.Concat(plain[:54], []byte{58, 0, 1, 4, 0, 0, 0, 0}, plain[54:])
+		hidden[20] = 60
+		binary.BigEndian.PutUint16(hidden[18:], uint16(len(hidden)-54))
+		return append(out, plain, hidden)
+	}
+	var all [][]byte
+	for to, dst := range map[string]frame.MAC{gatewaySix: {2}, "fe80::ff:fe00:0": {2}, "ff02::1": {0x33, 0x33, 0, 0, 0, 1}} {
+		all = append(all, frames(to, dst)...)
+	}
+	require.NoError(t, v.ns.Do(func() error {
+		l, err := net.InterfaceByName("eth0")
+		if err != nil {
+			return err
+		}
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		for _, f := range all {
+			err = errors.Join(err, unix.Sendto(fd, f, 0, &unix.SockaddrLinklayer{Ifindex: l.Index, Protocol: 0xdd86}))
+		}
+		return err
+	}))
+	// What comes behind them has been heard.
+	require.Equal(t, guestSix, peerOf(t, w.Pod, v.ns, "[::]:7777", net.JoinHostPort(gatewaySix, "7777")))
+	assert.Equal(t, before, look())
+	assert.NotZero(t, p.status().Interfaces[0].IPv6.Router.FromServer)
 }

@@ -106,8 +106,11 @@ func (t *Tap) addIPv6(l netlink.Link, c TapConfig) error {
 		return err
 	}
 	// What new links of the namespace begin with need not be what its others
-	// have. Where it cannot be written, the addresses tell.
-	_ = os.WriteFile("/proc/sys/net/ipv6/conf/"+c.Name+"/disable_ipv6", []byte("0"), 0)
+	// have. Where it cannot be written, the addresses tell. No router is behind
+	// the tap.
+	conf := "/proc/sys/net/ipv6/conf/" + c.Name + "/"
+	_ = os.WriteFile(conf+"accept_ra", []byte("0"), 0)
+	_ = os.WriteFile(conf+"disable_ipv6", []byte("0"), 0)
 	m := c.MAC
 	own := netip.AddrFrom16([16]byte{0xfe, 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
 	return errors.Join(addAddr(l, netip.PrefixFrom(own, 64), unix.IFA_F_NODAD), addAddr(l, c.Addr6, unix.IFA_F_NODAD))
