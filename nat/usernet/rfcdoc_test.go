@@ -14,10 +14,12 @@ import (
 var (
 	testFunc  = regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`)
 	inBracket = regexp.MustCompile(`\(([^()]*)\)`)
+	testRows  = regexp.MustCompile(`_?(Row\d+)+$`)
 	testName  = regexp.MustCompile("^(?:`((?:Test|Fuzz)\\w+)`|([A-Z]\\w{3,}))$")
 )
 
-// testsIn are the names of a directory's tests.
+// testsIn are the names of a directory's tests, without the rows of the list of
+// features that they prove.
 func testsIn(t *testing.T, dir string) (names []string) {
 	t.Helper()
 	files, err := filepath.Glob(dir + "/*_test.go")
@@ -26,7 +28,7 @@ func testsIn(t *testing.T, dir string) (names []string) {
 		b, err := os.ReadFile(f)
 		require.NoError(t, err)
 		for _, m := range testFunc.FindAllStringSubmatch(string(b), -1) {
-			names = append(names, m[1])
+			names = append(names, testRows.ReplaceAllString(m[1], ""))
 		}
 	}
 	return names

@@ -87,11 +87,32 @@ type six struct {
 
 // sixWorker is what a worker of such a Net remembers; its lock guards it.
 type sixWorker struct {
-	from   int // where the batch's frames of ours begin
+	from   int   // where the batch's frames of ours begin
+	active int64 // when it had something to do last
 	recent [sixRecent]struct {
 		addr   addr6
 		number uint32
 	}
+}
+
+// sixRest is after how long without anything to do, in nanoseconds, IPv6 looks
+// for it less often: most guests with both families speak IPv4.
+const sixRest = 1e6
+
+// rests says whether a worker is not to look at its sockets now, since they have
+// been silent and were looked at just now. They wake it when it sleeps.
+func (w *worker) rests() bool {
+	return !w.told && !w.full && w.now-w.six.active > sixRest && w.now-w.looked < lookEvery
+}
+
+// anySix says whether a batch has frames of IPv6.
+func anySix(b *frame.Batch) bool {
+	for i, k := 0, b.Len(); i < k; i++ {
+		if f := b.Frame(i); f.EtherType() == frame.TypeIPv6 {
+			return true
+		}
+	}
+	return false
 }
 
 func newSix(c *Config) *six {

@@ -52,6 +52,7 @@ func (w *worker) fromSix(f *frame.Frame) bool {
 	if f.EtherType() != frame.TypeIPv6 {
 		return false
 	}
+	w.six.active = w.now
 	frag, reason := f.ParseIPv6()
 	if reason != frame.ReasonNone {
 		f.Drop(reason)

@@ -265,6 +265,9 @@ func (n *Net) SetPolicy(p Policy) { n.policy.Store(&p) }
 func (n *Net) Process(b *frame.Batch) {
 	w := n.workers[b.Worker]
 	if n.six != nil {
+		if !anySix(b) {
+			return
+		}
 		n.sweep()
 	}
 	w.elsewhere = w.process(b, w.elsewhere[:0])

@@ -341,6 +341,9 @@ func (w *worker) events(b *frame.Batch) {
 		w.looked = w.now
 	}
 	w.awoke = false
+	if w.six != nil && w.rests() {
+		return
+	}
 	if (w.worked || w.justLooked) && !w.told && !w.full && w.now-w.looked < lookEvery {
 		// What happens meanwhile ends the next sleep before it begins.
 		w.worked, w.justLooked = false, w.worked && w.justLooked
@@ -349,6 +352,9 @@ func (w *worker) events(b *frame.Batch) {
 	w.looked, w.worked, w.told, w.justLooked = w.now, false, false, true
 	n := epollReady(w.epfd, w.evs[:])
 	w.full = n == len(w.evs)
+	if w.six != nil && n > 0 {
+		w.six.active = w.now
+	}
 	for k := range w.evs[:n] {
 		ev := &w.evs[k]
 		i, gen := ev.Pad<<4>>4, uint32(ev.Fd)
