@@ -281,6 +281,11 @@ func (b *leaseBook) read() (page bookPage, err error) {
 	case len(data) > maxBook:
 		return page, fmt.Errorf("%s: larger than %d MiB", b.path, maxBook>>20)
 	}
+	return b.parse(data)
+}
+
+// parse reads a page.
+func (b *leaseBook) parse(data []byte) (page bookPage, err error) {
 	if err := json.Unmarshal(data, &page); err != nil {
 		return bookPage{}, fmt.Errorf("%s: %w; remove it to begin a new one", b.path, err)
 	}
