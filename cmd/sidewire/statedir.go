@@ -1,19 +1,24 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
 
 // checkStateDir refuses a state directory that others may write to: what stands
 // there is believed, and given to the kernel by whoever runs us, often root. One
-// that is not there is made, so that nobody else does first; where that cannot be,
+// that is not there is made where others could do it first; if that cannot be,
 // those who want to write there say so.
 func (o *options) checkStateDir() error {
 	dir := o.statePath()
-	_ = os.MkdirAll(dir, 0o700)
+	if others, err := openToOthers(filepath.Dir(dir)); err == nil && others {
+		_ = os.MkdirAll(dir, 0o700)
+	}
 	for _, path := range []string{dir, dir + "/."} { // a symbolic link, and what it leads to
 		var st unix.Stat_t
 		if unix.Lstat(path, &st) != nil {
@@ -31,4 +36,19 @@ func (o *options) checkStateDir() error {
 		}
 	}
 	return nil
+}
+
+// openToOthers says whether others may make something below a directory, or
+// below the nearest one above it that is there.
+func openToOthers(dir string) (bool, error) {
+	for {
+		st, err := os.Stat(dir)
+		switch {
+		case err == nil:
+			return st.Mode().Perm()&0o002 != 0, nil
+		case !errors.Is(err, fs.ErrNotExist) || dir == filepath.Dir(dir):
+			return false, err
+		}
+		dir = filepath.Dir(dir)
+	}
 }

@@ -31,12 +31,14 @@ func TestStateDirOfOthers(t *testing.T) {
 		return dir
 	}
 	check := func(dir string) error { return (&options{stateDir: dir}).checkStateDir() }
-	for _, dir := range []string{own, made("own", 0o755, 0), filepath.Join(own, "new", "one"), "/proc/none"} {
+	public := made("public", 0o777|os.ModeSticky, 0)
+	for _, dir := range []string{own, made("own", 0o755, 0), filepath.Join(own, "new", "one"), filepath.Join(public, "new", "one"), "/proc/none"} {
 		assert.NoError(t, check(dir), dir)
 	}
-	st, err := os.Stat(filepath.Join(own, "new", "one"))
-	require.NoError(t, err)
+	st, err := os.Stat(filepath.Join(public, "new", "one"))
+	require.NoError(t, err, "before others do")
 	assert.Equal(t, os.FileMode(0o700), st.Mode().Perm())
+	assert.NoDirExists(t, filepath.Join(own, "new"), "nobody else can")
 	theirs, open := made("theirs", 0o755, nobody), made("open", 0o777, 0)
 	link, foreign := filepath.Join(own, "link"), filepath.Join(own, "foreign")
 	require.NoError(t, os.Symlink(theirs, link))
