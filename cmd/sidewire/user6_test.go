@@ -131,8 +131,7 @@ func TestRow61Row62StaticOnSockets(t *testing.T) {
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
 	pings(t, w)
 	p := startNobody(t, w, spec("vm", 1, "tcp:8080"))
-	v := sixVM(t, p)
-	enginetest.Must(t, v.ns.Sysctl("net/ipv6/conf/eth0/accept_ra", "0"), v.ns.Up("eth0"), v.ns.Addr("eth0", guestSix+"/120"), v.ns.Route("default", gatewaySix))
+	v := sixVM(t, p).byHand()
 	v.bySix(w, "8080")
 	// A port that is not listed is the pod's; one that is added is the guest's.
 	_, err := w.Outside.Dial("tcp6", net.JoinHostPort(enginetest.PodIP6, "8081"), 5*time.Second)
@@ -156,9 +155,8 @@ func TestRow61PortRangesOnSockets(t *testing.T) {
 	enginetest.Need(t, "netns", "tun", "nft")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true})
 	p := startWith(t, w, ",+net_admin", withRanges(spec("vm", 1), "tcp:2000-2009"), rangesGate)
-	v := sixVM(t, p)
-	enginetest.Must(t, v.ns.Up("eth0"), v.ns.Addr("eth0", guestSix+"/120"), v.ns.Route("default", gatewaySix),
-		v.ns.Addr("eth0", "10.0.2.2/24"), v.ns.Route("default", "10.0.2.1"))
+	v := sixVM(t, p).byHand()
+	enginetest.Must(t, v.ns.Addr("eth0", "10.0.2.2/24"), v.ns.Route("default", "10.0.2.1"))
 	seen := make(chan string, 1)
 	listen(t, v.ns, "tcp", ":2009", func(c net.Conn) { seen <- c.RemoteAddr().(*net.TCPAddr).IP.String() })
 	// The guest's frames tell who it is.
