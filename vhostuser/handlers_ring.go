@@ -147,7 +147,7 @@ func (s *session) setVringKick(m *message) error {
 		return err
 	}
 	r.closeKick()
-	r.kick = fd
+	r.kick, r.kicks = fd, kicks(fd)
 	r.started, r.reported = true, false
 	if r.broken.Load() {
 		s.dev.pause(r)

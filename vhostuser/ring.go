@@ -29,6 +29,7 @@ type ring struct {
 	enabled bool
 	started bool
 	kick    int
+	kicks   uint64 // what its counter was when it came
 	err     callFD
 	call    callFD
 

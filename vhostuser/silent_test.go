@@ -39,11 +39,12 @@ func testPrivateMemory(t *testing.T) {
 	f.unshare()
 	f.bringUp(plainFeats, 2)
 	f.rings[0].recv(2000)
-	kick(f.rings[0])
 	f.do(SetVringKick, u64(0), f.rings[0].kick)
+	kick(f.rings[0])
 	enginetest.Eventually(t, 5*time.Second, func() bool { return strings.Contains(log.String(), "share=on?") })
 	require.EqualValues(t, 1, d.Status().Counters["memory_not_shared"])
 	f.do(SetVringKick, u64(0), f.rings[0].kick) // as after a reboot of the guest
+	kick(f.rings[0])
 	d.ses.lookForGuest()
 	require.Equal(t, 1, strings.Count(log.String(), "share=on?"))
 }
@@ -58,10 +59,19 @@ func testPrivateMemoryIsNotSuspected(t *testing.T) {
 		guest   func(f *front)
 		want    bool
 	}{
-		"private":              {true, 2, func(f *front) { f.rings[0].recv(2000); kick(f.rings[0]) }, true},
-		"shared":               {false, 2, func(f *front) { f.rings[0].recv(2000); kick(f.rings[0]) }, false},
-		"shared, rx not yet":   {false, 2, func(f *front) { f.rings[1].post(guestBuf{bufferBase, 100, false}); kick(f.rings[1]) }, false},
-		"no kick yet":          {true, 2, func(*front) {}, false},
+		"private":            {true, 2, func(f *front) { f.rings[0].recv(2000); kick(f.rings[0]) }, true},
+		"shared":             {false, 2, func(f *front) { f.rings[0].recv(2000); kick(f.rings[0]) }, false},
+		"shared, rx not yet": {false, 2, func(f *front) { f.rings[1].post(guestBuf{bufferBase, 100, false}); kick(f.rings[1]) }, false},
+		"no kick yet":        {true, 2, func(*front) {}, false},
+		"QEMU's own kick": {true, 2, func(f *front) {
+			kick(f.rings[0])
+			f.do(SetVringKick, u64(0), f.rings[0].kick)
+		}, false},
+		"the guest's behind QEMU's": {true, 2, func(f *front) {
+			kick(f.rings[0])
+			f.do(SetVringKick, u64(0), f.rings[0].kick)
+			kick(f.rings[0])
+		}, true},
 		"no ring runs":         {true, 0, func(f *front) { kick(f.rings[0]) }, false},
 		"memory is taken away": {false, 2, func(f *front) { kick(f.rings[0]); require.NoError(f.t, unix.Ftruncate(f.memfd, 0)) }, false},
 	} {

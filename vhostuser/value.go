@@ -279,6 +279,7 @@ func (d *Device) load(v *Session, x *fdList, fds []int) error {
 		r.num, r.base, r.enabled, r.started, r.hasAddr = sr.Size, sr.Base, sr.Enabled, sr.Started, sr.HasAddr
 		r.addr = ringAddr{sr.Flags, sr.Desc, sr.Used, sr.Avail, sr.UsedLog}
 		r.kick = dup(sr.Kick)
+		r.kicks = kicks(r.kick)
 		for _, e := range []struct {
 			to *callFD
 			fd int

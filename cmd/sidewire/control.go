@@ -114,7 +114,7 @@ func listenUnix(path string) (*net.UnixListener, error) {
 	syscall.Umask(old)
 	if !errors.Is(err, syscall.EADDRINUSE) {
 		if err != nil {
-			return nil, cannot("control socket: %w", err)
+			return nil, cannot("control socket: %w; name another place with --socket-dir or --control", err)
 		}
 		return l, nil
 	}

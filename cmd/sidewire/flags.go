@@ -100,6 +100,14 @@ func parse(fs *flag.FlagSet, args []string) error {
 	return nil
 }
 
+// unexpected refuses an argument of a command.
+func unexpected(command, arg string) error {
+	if strings.HasPrefix(arg, "-") {
+		return badInput("unexpected argument %q: flags stand before all others, as in sidewire %s %s ...", arg, command, arg)
+	}
+	return badInput("unexpected argument %q; sidewire %s -h says what it takes", arg, command)
+}
+
 // silent is an error that has been printed already.
 type silent struct{}
 

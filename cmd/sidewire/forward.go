@@ -220,7 +220,7 @@ func forwardCommand(ctx context.Context, args []string, out, errw io.Writer) err
 	switch what {
 	case "list":
 		if len(rest) > 1 {
-			return badInput("unexpected argument %q", rest[1])
+			return unexpected("forward", rest[1])
 		}
 	case "add", "remove", "del":
 		r, err := parseForward(rest[1:])

@@ -31,8 +31,11 @@ func (s *server) SetLink(r *linkRequest) error {
 			found = append(found, b)
 		}
 	}
-	if len(found) != 1 {
-		return badInput("no one interface %q; there are: %s", r.Interface, strings.Join(names, ", "))
+	switch {
+	case len(found) == 0 && r.Interface != "":
+		return badInput("no interface %q; there are: %s", r.Interface, strings.Join(names, ", "))
+	case len(found) != 1:
+		return badInput("which interface? Name one of them: %s", strings.Join(names, ", "))
 	}
 	n := found[0]
 	r.Interface = n.name()

@@ -178,7 +178,7 @@ func show[T any](ctx context.Context, name string, args []string, out, errw io.W
 		return err
 	}
 	if len(rest) > 0 {
-		return badInput("unexpected argument %q", rest[0])
+		return unexpected(name, rest[0])
 	}
 	var v T
 	if err := ask(ctx, o.controlPath(), "GET", "/"+name, nil, &v); err != nil {

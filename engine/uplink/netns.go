@@ -1,8 +1,10 @@
 package uplink
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,10 +21,16 @@ func InNetNS(path string, f func() error) error {
 		return f()
 	}
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
+	switch {
+	case errors.Is(err, unix.ENOENT) && !strings.Contains(path, "/"):
+		return fmt.Errorf("network namespace %s: %w: want a path, such as /run/netns/%s", path, err, path)
+	case err != nil:
 		return fmt.Errorf("network namespace %s: %w", path, err)
 	}
 	defer unix.Close(fd)
+	if !isNamespace(fd) {
+		return fmt.Errorf("network namespace %s: the file is no namespace: want one such as /run/netns/pod or /proc/1234/ns/net", path)
+	}
 	return inNS(fd, f)
 }
 
@@ -52,6 +60,14 @@ func inNS(fd int, f func() error) error {
 		}
 	}()
 	return f()
+}
+
+// isNamespace says whether a descriptor is of a namespace, of whatever kind, as
+// far as the kernel tells.
+func isNamespace(fd int) bool {
+	var st unix.Statfs_t
+	err := unix.Fstatfs(fd, &st)
+	return err != nil || st.Type == unix.NSFS_MAGIC
 }
 
 // sameFile says whether two descriptors are of the same namespace.

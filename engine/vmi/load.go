@@ -34,6 +34,10 @@ func Load(files ...string) (Docs, error) {
 	var errs []error
 	for _, arg := range files {
 		file, netns := splitNetNS(arg)
+		if file != arg && netns == "" {
+			errs = append(errs, fmt.Errorf("%s: no network namespace behind the @: want FILE@NETNS, such as %s/run/netns/pod", arg, arg))
+			continue
+		}
 		data, err := readFile(file)
 		if err == nil {
 			err = docs.add(file, netns, data)
