@@ -311,6 +311,12 @@ func TestValidateCommand(t *testing.T) {
 	good := writeFile(t, "good.yaml", spec("vm", 1))
 	bad := writeFile(t, "bad.yaml", strings.Replace(spec("vm", 1), "macAddress", "macAdress", 1))
 	assert.Equal(t, outcome{}, sidewire(t, "validate", "-f", good))
+	for _, none := range []string{"", "kind: VirtualMachineInstanc\nspec: {domain: {}}\n", "kind: Pod\n"} {
+		sidewire(t, "validate", "-f", writeFile(t, "none.yaml", none)).says(t, exitInput, "validate", []string{"none.yaml", "no VMI", "kind: VirtualMachineInstance"})
+	}
+	assert.Zero(t, sidewire(t, "validate", "-f", writeFile(t, "nad.yaml", definition("blue", `{"type": "bridge"}`))).code)
+	// A machine without a domain would get the default interface: the pod's own link.
+	sidewire(t, "run", "-f", writeFile(t, "vm.yaml", "kind: VM\n")).says(t, exitInput, "run", []string{"spec.domain", "no machine that could run"})
 	o := sidewire(t, "validate", "-f", bad)
 	assert.Equal(t, exitInput, o.code)
 	assert.Empty(t, o.err)

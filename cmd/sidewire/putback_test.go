@@ -95,6 +95,12 @@ func TestPodIsPutBack(t *testing.T) {
 			require.NoError(t, err)
 			assert.Empty(t, sockets, "sockets left behind")
 		}
+
+		p.start(w)
+		assert.Contains(t, sidewire(t, "restore", "--netns", w.Pod.Path).out, "nothing to put back", "one that lives")
+		p.kill()
+		assert.Contains(t, sidewire(t, "restore", "--netns", w.Pod.Path).out, "eth0 put back")
+		assert.Empty(t, changes(before, footprint(t, w.Pod)), "after a crash and a restore")
 	}
 }
 

@@ -9,8 +9,8 @@ import (
 	"sidewire/engine/uplink"
 )
 
-// restoreCommand puts back what runs that crashed have left of links whose place
-// a guest had.
+// restoreCommand puts back what runs that crashed have left: links whose place a
+// guest had, and what a pod was prepared with for masquerade.
 func restoreCommand(_ context.Context, args []string, out, errw io.Writer) error {
 	var o options
 	var spaces list
@@ -33,9 +33,18 @@ func restoreCommand(_ context.Context, args []string, out, errw io.Writer) error
 		for _, s := range done {
 			fmt.Fprintf(out, "%s put back as it was before %s had its place\n", s.Link, s.Owner)
 		}
-		if errs = append(errs, err); err == nil && len(done) == 0 {
+		var links []string
+		cerr := uplink.InNetNS(ns, func() (err error) {
+			links, err = uplink.CleanupAll()
+			return err
+		})
+		for _, l := range links {
+			fmt.Fprintf(out, "%s put back as it was before guests were masqueraded by it\n", l)
+		}
+		if err = errors.Join(err, cerr); err == nil && len(done)+len(links) == 0 {
 			fmt.Fprintln(out, "nothing to put back"+in(ns))
 		}
+		errs = append(errs, err)
 	}
 	err := errors.Join(errs...)
 	switch {

@@ -33,6 +33,9 @@ func validateCommand(_ context.Context, args []string, out, errw io.Writer) erro
 	if err != nil {
 		return err
 	}
+	if docs.Empty() {
+		return badInput("%s: no VMI, VM or definition in it; a VMI starts with kind: VirtualMachineInstance", strings.Join(append(files, nads...), ", "))
+	}
 	faults := vmi.Validate(docs, vmi.Options{})
 	unserved := vmi.Unsupported(docs)
 	for i := range unserved {

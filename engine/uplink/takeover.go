@@ -6,8 +6,10 @@ import (
 	"hash/fnv"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -404,6 +406,37 @@ func Cleanup(link string) error {
 		return fmt.Errorf("clean up %s: %w", link, err)
 	}
 	return nil
+}
+
+// CleanupAll is Cleanup for every link of the current namespace that a crashed
+// run of a takeover left something for. It returns their names; those of runs
+// that are alive are passed over.
+func CleanupAll() (links []string, err error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("nftables: %w", err)
+	}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyNetdev)
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return nil, privilege(err, "CAP_NET_ADMIN")
+	case err != nil:
+		return nil, nil // a kernel without them holds none of ours
+	}
+	var errs []error
+	for _, t := range tables {
+		link, ours := strings.CutPrefix(t.Name, tableName(""))
+		if !ours || strings.HasPrefix(t.Name, silencePrefix) {
+			continue
+		}
+		switch err := Cleanup(link); {
+		case err == nil:
+			links = append(links, link)
+		case !errors.Is(err, ErrInUse):
+			errs = append(errs, err)
+		}
+	}
+	return links, errors.Join(errs...)
 }
 
 // TapName is the name of the i-th guest's tap beside a link, and sinkName that

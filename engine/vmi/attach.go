@@ -9,6 +9,7 @@ import (
 // Define adds the definitions of more and what goes with them, and the faults in them. VMIs in it are passed over, and
 // of a cluster's settings those that docs have too.
 func (docs *Docs) Define(more Docs) {
+	docs.documents += more.documents
 	docs.NADs = append(docs.NADs, more.NADs...)
 	docs.MacvtapPools = append(docs.MacvtapPools, more.MacvtapPools...)
 	docs.MacvtapAll = docs.MacvtapAll || more.MacvtapAll

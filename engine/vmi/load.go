@@ -204,6 +204,7 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 		d.sriovPolicy(docs, root)
 	case "":
 		if d.fragment(root) {
+			docs.documents++
 			return nil
 		}
 		return badInput("%s:%d: no kind; a VMI starts with kind: VirtualMachineInstance", d.file, root.Line)
@@ -218,7 +219,10 @@ func (d *decoder) document(docs *Docs, n *yaml.Node, depth int) error {
 			}
 		})
 		return err
+	default:
+		return nil // of no concern
 	}
+	docs.documents++
 	return nil
 }
 

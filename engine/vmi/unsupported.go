@@ -17,6 +17,10 @@ func Unsupported(docs Docs) []Fault {
 		if v.istio != "" && v.bridgesPod() && len(faults) < maxFaults {
 			faults = append(faults, v.fault(Warning, v.istio, "the guest's traffic does not pass Istio's proxy: with a bridge the pod has no address; use masquerade: {}"))
 		}
+		if !v.domain() && len(faults) < maxFaults {
+			// The API's schema refuses it. It would get the default interface, which takes the pod's place.
+			faults = append(faults, v.fault(Error, v.Path+".domain", "is not there: this is no machine that could run"))
+		}
 		for j := range v.Spec.Interfaces {
 			f := &v.Spec.Interfaces[j]
 			unsupportedInterface(f, v.interfacePath(j), say)
@@ -55,6 +59,12 @@ func unsupportedInterface(f *InterfaceSpec, at string, say func(field, format st
 	if f.State == Down && f.has(Macvtap) {
 		say(at+".state", "state down of a macvtap; use up, and QEMU's set_link")
 	}
+}
+
+// domain says whether the spec has one.
+func (v *VMI) domain() bool {
+	_, ok := v.lines[v.Path+".domain"]
+	return ok
 }
 
 // slirpsBy says whether an interface with slirp is on the network.

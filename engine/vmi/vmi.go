@@ -102,9 +102,13 @@ type Docs struct {
 
 	SRIOVPools []SRIOVPool // of SriovNetworkNodePolicies
 
-	faults []Fault // found while reading: unknown fields, wrong types
-	held   []Held  // addresses that guests have already
+	faults    []Fault // found while reading: unknown fields, wrong types
+	documents int     // that concern us
+	held      []Held  // addresses that guests have already
 }
+
+// Empty says that no document was read that concerns a VMI's network.
+func (docs *Docs) Empty() bool { return docs.documents == 0 }
 
 // VMI is a virtual machine's spec, from a VirtualMachineInstance, a VirtualMachine or the guide's VM.
 type VMI struct {
