@@ -125,6 +125,7 @@ func TestBadCommandLines(t *testing.T) {
 		"unknown mode":      {[]string{"run", "-f", good, "--mode", "both"}, []string{"--mode both", "server or client"}},
 		"unknown polling":   {[]string{"run", "-f", good, "--poll", "often"}, []string{"--poll often", "adaptive, always or never"}},
 		"bad CPUs":          {[]string{"run", "-f", good, "--cpus", "a"}, []string{"--cpus a", "such as 0,2-4"}},
+		"CPUs of others":    {[]string{"run", "-f", good, "--cpus", "0,1001"}, []string{"--cpus 0,1001", "processor 1001"}},
 		"bad uplink":        {[]string{"run", "-f", good, "--uplink", "eth1"}, []string{"--uplink eth1", "NETWORK=LINK"}},
 		"bad name":          {[]string{"run", "-f", good, "--dns-name", "db.example"}, []string{"-dns-name", `"db.example"`, "NAME=ADDR[,ADDR]"}},
 		"bad address":       {[]string{"run", "-f", good, "--dns-name", "db.example=far"}, []string{"-dns-name", `"far" is no IP address`}},

@@ -37,7 +37,7 @@ func runCommand(ctx context.Context, args []string, out, errw io.Writer) error {
 	if err := o.check(); err != nil {
 		return err
 	}
-	if err := o.checkStateDir(); err != nil {
+	if err := errors.Join(o.checkCPUs(), o.checkStateDir()); err != nil {
 		return err
 	}
 	level := slog.LevelInfo
@@ -206,6 +206,21 @@ func (s *server) nextWorker() int {
 	w := s.turn % s.engine.Workers()
 	s.turn++
 	return w
+}
+
+// checkCPUs refuses processors that we may not use.
+func (o *options) checkCPUs() error {
+	cpus, err := parseCPUs(o.cpus)
+	var set unix.CPUSet
+	if err != nil || unix.SchedGetaffinity(0, &set) != nil {
+		return err
+	}
+	for _, c := range cpus {
+		if !set.IsSet(c) {
+			return badInput("--cpus %s: processor %d is none of the %d that we may use; see taskset -pc $$", o.cpus, c, set.Count())
+		}
+	}
+	return nil
 }
 
 // workers is how many the interfaces get: one per queue pair where there are
