@@ -142,6 +142,7 @@ func TestBridgeRow43Crash(t *testing.T) {
 // A distribution's kernel in QEMU takes the pod's place, over two queue pairs,
 // and again after a reboot.
 func TestBridgeRow36Row38Row39QEMU(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "qemu", "kernel")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{MTU: 1450})
 	own := linkMAC(t, w.Pod, "eth0")

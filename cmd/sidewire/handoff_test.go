@@ -159,6 +159,7 @@ func needMacvtap(t *testing.T, more ...string) {
 // on the node's network, sidewire is out of the path, says nothing for it, and
 // takes the link away at the end.
 func TestMacvtapRow75Row77Row78ByArguments(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	needMacvtap(t, "qemu", "kernel", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	wire := listenFrames(t, w.Outside, "veth0")
@@ -203,6 +204,7 @@ func writeScript(t *testing.T, script string) string {
 // A QEMU that runs is given its NIC over its monitor, behind a port of q35 that
 // is free, and so is the one after it. At the end it loses the NIC.
 func TestMacvtapRow77Row78ByMonitor(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	needMacvtap(t, "qemu", "kernel", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	wire := listenFrames(t, w.Outside, "veth0")

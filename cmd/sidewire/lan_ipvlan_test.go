@@ -29,6 +29,7 @@ func haveIPVlan(t *testing.T) error {
 // IP addresses alone. Here the link gets those of its guests. A kernel that has no
 // ipvlan tests it in a guest that has.
 func TestIPVlanRow12(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	if err := haveIPVlan(t); err != nil {
 		runInGuest(t, err, "^TestIPVlanRow12$", "ipvlan", "veth", "tun", "nf_tables")
 		return

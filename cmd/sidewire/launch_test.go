@@ -117,6 +117,7 @@ func (l *launchedVM) exits() int {
 // that the user gave as QEMU likes it is made visible, the user's descriptors
 // and standard output arrive, and SIGTERM ends both in order.
 func TestLaunch(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	l := startLaunched(t, w, spec("vm", 2, "tcp:80"), nil, append(guestImage(t), "-m", "256"))
@@ -139,6 +140,7 @@ func TestLaunch(t *testing.T) {
 
 // Memory that others cannot see is mended, whatever way it was given.
 func TestLaunchMendsMemory(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft")
 	image := guestImage(t)
 	for name, memory := range map[string]string{
@@ -216,6 +218,7 @@ func TestLaunchTerminal(t *testing.T) {
 
 // The guest's own end is QEMU's, and sidewire's.
 func TestLaunchPoweroff(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	l := startLaunched(t, w, spec("vm", 1), nil, append(guestImage(t), "-m", "256"))
@@ -263,6 +266,7 @@ func TestLaunchFaults(t *testing.T) {
 // A macvtap goes to the QEMU that sidewire starts, as descriptors, beside a port
 // of ours; both work, with two queues each.
 func TestLaunchMacvtapRow77Row78(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	needMacvtap(t, "tun", "nft", "ping")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	wire := listenFrames(t, w.Outside, "veth0")
@@ -331,6 +335,7 @@ func TestLaunchMacvtapRow79Migration(t *testing.T) {
 // Where we have QEMU's monitor, a guest is shown the link of a NIC that is not virtio too, and finds it down from the start
 // where it is to be. QEMU has igb from 8.0 on.
 func TestLaunchLinkStateRow19Row84(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu10")
 	kit, err := enginetest.Hardware()
 	require.NoError(t, err)

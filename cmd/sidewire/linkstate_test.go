@@ -19,6 +19,7 @@ func withState(vmi, state string) string {
 // A guest whose link is to be down finds it so from the beginning, sees it change without a restart, and keeps the state
 // over a restart of its QEMU (KubeVirt's link_state.go). The queues are as many as vCPUs.
 func TestQEMULinkStateRow66Row67Row84_KubeVirtLinkState(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "kernel")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startSidewire(t, w, withState(spec("vm", 3), "down"))

@@ -92,6 +92,7 @@ func TestRow61IdleWithSix(t *testing.T) {
 // A distribution's kernel in QEMU takes its route from our advertisement, reaches
 // the outside and is reached from there.
 func TestRow61QEMUGuest6(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "kernel")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{IPv6: true, MTU: 1450})
 	p := startSidewire(t, w, spec("vm", 2, "tcp:80"))

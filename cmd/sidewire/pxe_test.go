@@ -88,6 +88,7 @@ func boot(t *testing.T, p *process, args []string, text string) *enginetest.VM {
 // The guide's example boots from its masquerade NIC: the TFTP server is a name,
 // which the ROM is told the address of.
 func TestRow29Row30Row31PXEFromMasquerade(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	for _, path := range []string{"packet", "socket"} {
 		t.Run(path, func(t *testing.T) {
 			w, _, p, args := guideBoot(t, "--path", path)
@@ -103,6 +104,7 @@ func TestRow29Row30Row31PXEFromMasquerade(t *testing.T) {
 // the DHCP and the TFTP server of its own network: a guest of another sidewire,
 // in VLAN 100 too.
 func TestRow28Row29PXEFailsOverToTheSecondNIC(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	w, lan, p, args := guideBoot(t)
 	var first names
 	w.Outside.ServeTFTP(t, enginetest.OutsideIP+":69", nil, first.add)

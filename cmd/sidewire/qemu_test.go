@@ -32,6 +32,7 @@ func qemuArgs(t *testing.T, w *enginetest.World, p *process, flags ...string) []
 // reached from there over both its queue pairs, and does so again after a
 // reboot, with the lease of before.
 func TestQEMUGuest(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	for name, flags := range map[string][]string{"split": nil, "packed": {"--packed"}} {
 		t.Run(name, func(t *testing.T) { testQEMUGuest(t, flags) })
 	}
@@ -86,6 +87,7 @@ func testQEMUGuest(t *testing.T, flags []string) {
 // iPXE is a second guest that is not ours: a legacy driver without offloads.
 // It gets its lease and fetches the script that option 67 names.
 func TestIPXE(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "ipxe")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	const said = "sidewire-ipxe-was-here"
@@ -110,6 +112,7 @@ func TestIPXE(t *testing.T) {
 // whose kernel leaves segments and checksums to others; both are leased their
 // addresses.
 func TestIPXEOnASwitch(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "root", "netns", "tun", "ip", "qemu", "ipxe", "dhclient")
 	const said = "sidewire-ipxe-was-here"
 	vm := strings.Replace(onLAN("vm2", "blue", 1), "bridge: {}}", `bridge: {}, bootOrder: 1, dhcpOptions: {bootFileName: "http://10.9.0.2:8080/boot.ipxe"}}`, 1)
@@ -137,6 +140,7 @@ func TestIPXEOnASwitch(t *testing.T) {
 // QEMU without shared memory runs on with a dead NIC; sidewire says so loudly,
 // also where the memory looks as if it were shared.
 func TestQEMUWithoutSharedMemory(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "ipxe")
 	for _, c := range []struct {
 		name, says string
@@ -167,6 +171,7 @@ func TestQEMUWithoutSharedMemory(t *testing.T) {
 
 // QEMU listens, sidewire dials.
 func TestQEMUListens(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "netns", "tun", "nft", "qemu", "kernel")
 	w := enginetest.NewWorld(t, enginetest.WorldOptions{})
 	p := startSidewire(t, w, spec("vm", 1), "--mode", "client")

@@ -169,6 +169,7 @@ func (h *hardware) waitText(file, words string, process int, output string) {
 // TestSRIOVQEMURow16Row69Row71Row72Row73Row81 has sidewire, in a machine with an emulated
 // card and IOMMU, give a QEMU there a virtual function.
 func TestSRIOVQEMURow16Row69Row71Row72Row73Row81(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	h := startHardware(t)
 	_, _, before := h.function()
 	require.Contains(t, before, "spoof checking on")

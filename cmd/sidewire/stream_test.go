@@ -122,6 +122,7 @@ func withModel(vmi, model string) string {
 // for a name, and fetches its script from there. Where QEMU ends and another one
 // starts, it finds the same sidewire again.
 func TestRow18Row19Row37ModelsInQEMU(t *testing.T) {
+	t.Parallel() // most of its time is QEMU's
 	enginetest.Need(t, "root", "netns", "tun", "nft", "qemu", "ipxe")
 	for _, c := range []struct {
 		model, binding, path, addr string
