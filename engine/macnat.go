@@ -88,8 +88,9 @@ type MACNAT struct {
 	table   *natTable
 	workers []*natWork
 
-	mu   sync.Mutex // guards xids
-	xids map[frame.PortID]*natXIDs
+	mu        sync.Mutex // guards what follows
+	xids      map[frame.PortID]*natXIDs
+	exchanges uint64 // begun so far
 }
 
 // NewMACNAT makes a translation for an engine with that many workers.

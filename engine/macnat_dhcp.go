@@ -41,6 +41,7 @@ type natXIDs struct {
 type natXID struct {
 	xid, sec uint32
 	mac      uint64 // 0: none
+	order    uint64 // of when it was first seen
 }
 
 // dhcpAt returns where the message of a UDP datagram to a port begins, if the
@@ -91,7 +92,7 @@ func (n *MACNAT) outDHCP(f *frame.Frame, off, at int, src uint64, w *natWork) fr
 		return frame.BadChecksum
 	}
 	client := getMAC(m[dhcpChaddr:])
-	n.began(f.In, natXID{binary.BigEndian.Uint32(m[dhcpXID:]), w.sec, client})
+	n.began(f.In, natXID{xid: binary.BigEndian.Uint32(m[dhcpXID:]), sec: w.sec, mac: client})
 	putMAC(m[dhcpChaddr:], n.link)
 	if binary.BigEndian.Uint32(m[dhcpClient:]) == 0 {
 		m[dhcpFlags] |= 0x80
@@ -192,6 +193,8 @@ func (n *MACNAT) began(in frame.PortID, x natXID) {
 			return
 		}
 	}
+	n.exchanges++
+	x.order = n.exchanges
 	o.ring[o.next%natXIDCount] = x
 	o.next++
 }
@@ -201,12 +204,12 @@ func (n *MACNAT) began(in frame.PortID, x natXID) {
 func (n *MACNAT) client(xid, sec uint32) (mac uint64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	var first uint32
+	var first uint64
 	for _, o := range n.xids {
 		for i := range o.ring {
 			x := &o.ring[i]
-			if x.mac != 0 && x.xid == xid && int32(sec-x.sec) <= natXIDAge && (mac == 0 || int32(x.sec-first) < 0) {
-				mac, first = x.mac, x.sec
+			if x.mac != 0 && x.xid == xid && int32(sec-x.sec) <= natXIDAge && (mac == 0 || x.order < first) {
+				mac, first = x.mac, x.order
 			}
 		}
 	}
