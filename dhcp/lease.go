@@ -52,28 +52,37 @@ func (s *Server) Export() State {
 // one of another version and one with a lease that this server's configuration
 // does not give. OnLease is told of the lease.
 func (s *Server) Import(st State) error {
-	if st.Version != stateVersion {
-		return fmt.Errorf("dhcp: import state: version %d, want %d", st.Version, stateVersion)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	o := s.offer.Load()
-	var lease *LeaseInfo
-	for _, l := range st.Leases {
-		if l.Addr != o.Address.Addr() {
-			return fmt.Errorf("dhcp: import state: lease of %v, want %v", l.Addr, o.Address.Addr())
-		}
-		if len(l.ClientID) > maxEcho {
-			return fmt.Errorf("dhcp: import state: client identifier of %d bytes", len(l.ClientID))
-		}
-		l.Hostname, l.ClientID = printable([]byte(l.Hostname)), slices.Clone(l.ClientID)
-		lease = &l
+	lease, err := st.leaseOf(o.Address.Addr())
+	if err != nil {
+		return err
 	}
 	s.lease = lease
 	if lease != nil && o.OnLease != nil && o.Now().Before(lease.Expiry) {
 		o.OnLease(lease.MAC)
 	}
 	return nil
+}
+
+// leaseOf is the lease of an address in a state that somebody may have written,
+// nil if it has none. One that cannot be is refused.
+func (st State) leaseOf(addr netip.Addr) (lease *LeaseInfo, err error) {
+	if st.Version != stateVersion {
+		return nil, fmt.Errorf("dhcp: import state: version %d, want %d", st.Version, stateVersion)
+	}
+	for _, l := range st.Leases {
+		if l.Addr != addr {
+			return nil, fmt.Errorf("dhcp: import state: lease of %v, want %v", l.Addr, addr)
+		}
+		if len(l.ClientID) > maxEcho {
+			return nil, fmt.Errorf("dhcp: import state: client identifier of %d bytes", len(l.ClientID))
+		}
+		l.Hostname, l.ClientID = printable([]byte(l.Hostname)), slices.Clone(l.ClientID)
+		lease = &l
+	}
+	return lease, nil
 }
 
 // bind notes that q's client has the address now. The caller holds mu.

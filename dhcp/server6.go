@@ -2,7 +2,6 @@ package dhcp
 
 import (
 	"encoding/binary"
-	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -118,22 +117,12 @@ func (s *Server6) Export() State { return State{Version: stateVersion, Leases: s
 // one of another version and one with a lease that this server's configuration
 // does not give. OnLease is told of the lease.
 func (s *Server6) Import(st State) error {
-	if st.Version != stateVersion {
-		return fmt.Errorf("dhcp: import state: version %d, want %d", st.Version, stateVersion)
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	o := s.offer.Load()
-	var lease *LeaseInfo
-	for _, l := range st.Leases {
-		if l.Addr != o.Address.Addr() {
-			return fmt.Errorf("dhcp: import state: lease of %v, want %v", l.Addr, o.Address.Addr())
-		}
-		if len(l.ClientID) > maxEcho {
-			return fmt.Errorf("dhcp: import state: client identifier of %d bytes", len(l.ClientID))
-		}
-		l.Hostname, l.ClientID = "", slices.Clone(l.ClientID)
-		lease = &l
+	lease, err := st.leaseOf(o.Address.Addr())
+	if err != nil {
+		return err
 	}
 	s.lease = lease
 	if lease != nil && o.OnLease != nil && o.Now().Before(lease.Expiry) {
